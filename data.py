@@ -1,0 +1,146 @@
+"""Token shards on disk, and the batches that are cut from them.
+
+A shard is 256 little-endian int32 (magic, version, number of tokens, then zeros) followed by that many
+little-endian uint16: the format of llm.c, modded-nanogpt and dion, named <name>_train_000000.bin and so on.
+"""
+import json
+import os
+import re
+from functools import lru_cache
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def write_shard(path, tokens):
+    """Write tokens (any one-dimensional sequence of integers below 65536) as a shard, whole or not at all.
+
+    ValueError if a token does not fit in 16 bits or there are more than the header can count.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2**16:
+        raise ValueError(f"{path}: tokens must be in 0..65535, got {tokens.min()}..{tokens.max()}")
+    if tokens.size >= 2**31:
+        raise ValueError(f"{path}: {tokens.size} tokens are too many for one shard")
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(header.data)
+        f.write(tokens.astype("<u2", copy=False).data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def shard_length(path):
+    """Number of tokens in a shard, from its header and the size of the file. ValueError if they are wrong."""
+    with open(path, "rb") as f:
+        header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"{path}: too short to be a token shard ({size} bytes)")
+    magic, version, n = np.frombuffer(header, "<i4")[:3].tolist()
+    if magic != MAGIC:
+        raise ValueError(f"{path}: not a token shard (magic number {magic}, expected {MAGIC})")
+    if version != VERSION:
+        raise ValueError(f"{path}: unknown shard version {version} (expected {VERSION})")
+    if size != HEADER_BYTES + 2 * n:
+        raise ValueError(f"{path}: header counts {n} tokens, but the file holds {(size - HEADER_BYTES) / 2:g}")
+    return n
+
+
+def read_shard(path):
+    """Memory map of a shard's tokens, uint16 (n,), read-only. ValueError if it is not a whole shard."""
+    return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(shard_length(path),))
+
+
+def read_meta(data_dir):
+    """What meta.json says about the tokens: at least tokenizer (str) and vocab_size (int).
+
+    Shards without a meta.json are taken as GPT-2's. ValueError if the file does not parse or lacks one of the two.
+    """
+    path = os.path.join(data_dir, "meta.json")
+    if not os.path.exists(path):
+        return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("tokenizer"), str):
+        raise ValueError(f"{path}: `tokenizer` must be there and be a string")
+    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
+        raise ValueError(f"{path}: `vocab_size` must be there and be a positive integer")
+    return meta
+
+
+# A batch may straddle two shards or two epochs: two orders of shards and two of sequences.
+@lru_cache(maxsize=4)
+def permutation(n, *key):
+    return np.random.RandomState(key).permutation(n)  # legacy: its stream is the same in every numpy version
+
+
+class TokenBatches:
+    """The training or validation sequences of a folder of shards, each addressed by its position.
+
+    A shard of n tokens gives (n - 1) // block_size sequences of block_size + 1 tokens, neighbours sharing one.
+    len() counts those of all shards. Positions count on from the start of training, over epochs: in every epoch
+    each training sequence comes exactly once, shards in a new order and the sequences inside each in a new order.
+    What stands at a position depends on (seed, position) alone. Validation sequences stay in natural order.
+
+    FileNotFoundError if the folder or its shards are missing, ValueError for a broken shard or if all are too short.
+    """
+
+    def __init__(self, data_dir, split, block_size, vocab_size, seed=0):
+        if not os.path.isdir(data_dir):
+            raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
+        shards = sorted(name for name in os.listdir(data_dir) if re.search(r"_(train|val)_\d+\.bin$", name))
+        if not shards:
+            raise FileNotFoundError(f"{data_dir}: no token shards in this folder; prepare_fineweb.py makes some")
+        # anchored at the end: the folder, and so the name of its shards, may itself contain _val_
+        shards = [os.path.join(data_dir, name) for name in shards if re.search(rf"_{split}_\d+\.bin$", name)]
+        if not shards:
+            raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin) in this folder")
+        lengths = {path: shard_length(path) for path in shards}
+        self.lengths = {path: n for path, n in lengths.items() if n > block_size}
+        if not self.lengths:
+            raise ValueError(f"{data_dir}: no {split} shard holds block_size + 1 = {block_size + 1} tokens")
+        self.paths = list(self.lengths)
+        self.sequences = np.array([(n - 1) // block_size for n in self.lengths.values()])
+        self.split, self.block_size, self.vocab_size, self.seed = split, block_size, vocab_size, seed
+
+    def __len__(self):
+        return int(self.sequences.sum())
+
+    def locate(self, position):
+        """(shard, sequence inside the shard) at a position."""
+        epoch, i = divmod(int(position), len(self))
+        shuffled = self.split == "train"
+        order = permutation(len(self.paths), self.seed, epoch) if shuffled else np.arange(len(self.paths))
+        ends = self.sequences[order].cumsum()
+        k = ends.searchsorted(i, side="right")
+        shard, i = int(order[k]), i - int(ends[k] - self.sequences[order[k]])
+        return shard, int(permutation(int(self.sequences[shard]), self.seed, epoch, shard)[i]) if shuffled else i
+
+    def get(self, positions):
+        """(inputs, targets), both int64 (len(positions), block_size), targets one token ahead.
+
+        ValueError names the shard that holds a token beyond vocab_size, or that is no longer what it was when
+        opened; OSError if it is gone.
+        """
+        import torch  # here: prepare_fineweb.py's workers import this file and have no use for torch
+
+        batch = np.empty((len(positions), self.block_size + 1), np.int64)
+        maps = {}  # only for the duration of a batch: the pages of a map stay resident as long as it lives
+        for row, position in zip(batch, positions):
+            shard, sequence = self.locate(position)
+            path = self.paths[shard]
+            if path not in maps:
+                maps[path] = read_shard(path)
+                if len(maps[path]) != self.lengths[path]:
+                    raise ValueError(f"{path}: changed while in use ({self.lengths[path]} tokens when opened)")
+            row[:] = maps[path][sequence * self.block_size : (sequence + 1) * self.block_size + 1]
+            if row.max() >= self.vocab_size:
+                raise ValueError(f"{path}: holds token {row.max()}, beyond vocab_size {self.vocab_size}")
+        batch = torch.from_numpy(batch)
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

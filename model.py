@@ -1,0 +1,148 @@
+"""A LLaMA-2-style transformer: Hugging Face's `ArceeForCausalLM` with hidden_act="relu2", in one short file."""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOSS_CHUNK = 4096  # tokens whose logits exist at the same time while the loss is computed
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64
+    block_size: int = 1024  # the longest sequence
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.q, self.k, self.v, self.o = (nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, T, n_embd), cos and sin (T, head_dim)
+        heads = (*x.shape[:2], self.n_head, -1)
+        q, k, v = (linear(x).view(heads).transpose(1, 2) for linear in (self.q, self.k, self.v))  # (B, n_head, T, head_dim)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def rotary(T: int, head_dim: int, device: torch.device, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angle by which position t turns each pair of features (i, i + head_dim/2): (T, head_dim)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angles = torch.outer(torch.arange(T, device=device).float(), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, n_head, T, head_dim)
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).type_as(x)
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer: RMSNorm before each sublayer, rotary positions, MLP down(relu(up(x))²), no biases,
+    input and output embeddings tied. Weights are float32; wrap calls in `torch.autocast` for bfloat16.
+
+    Raises ValueError if the heads do not divide n_embd into parts of even width.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % (2 * config.n_head):
+            raise ValueError(f"n_embd {config.n_embd} must be a multiple of twice n_head {config.n_head}: "
+                             "the heads share it, and rotary embeddings turn pairs of features")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # as GPT-2: what adds to the residual stream starts smaller, the more layers there are
+                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """idx: (B, T) int64, T <= block_size. Returns logits (B, T, vocab_size), or with targets, (B, T) int64, the mean
+        cross-entropy in nats over the targets that are not -1, a float32 scalar."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
+        cos, sin = rotary(T, self.config.n_embd // self.config.n_head, idx.device)
+        x = self.wte(idx)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, self.wte.weight)
+        return mean_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weight matrices inside the blocks, for which Muon and its relatives are made."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
+    def flops_per_token(self) -> int:
+        """Of a forward and a backward pass: 6 for each weight of a matrix product, and attention's two products of
+        (T, head_dim) matrices, counted in full as is customary although half of them is masked."""
+        c = self.config
+        weights = sum(p.numel() for p in self.hidden_matrices()) + self.wte.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 vocab_size: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Continues idx (B, T) int64 and returns (B, T + max_new_tokens). temperature 0 takes the likeliest token.
+        vocab_size leaves out the padding of the vocabulary; generator makes the samples reproducible."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[:, -1, :vocab_size].float()
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
+
+
+def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """x (N, n_embd), weight (vocab_size, n_embd), targets (N,), -1 where there is none. The logits of 50304 words in
+    float32 would be the largest tensor of the run, so they exist for LOSS_CHUNK tokens at a time, and the backward pass
+    computes them again."""
+    chunks = list(zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
+    if len(chunks) == 1:
+        total = sum_cross_entropy(x, weight, targets)
+    else:
+        total = sum(checkpoint(sum_cross_entropy, a, weight, b, use_reentrant=False) for a, b in chunks)
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+def sum_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")

@@ -1,0 +1,310 @@
+"""SF-NorMuon, the schedule-free spectral optimizer of "Anytime Training with Schedule-Free Spectral Optimization"
+(arXiv:2605.23061, Algorithm 1). This file needs nothing but torch: copy it into any project.
+
+Three sequences of weights: z, the fast iterate, takes the steps; x, the running average of z, is the model you deploy;
+y, between them, is where gradients are taken. A hidden weight matrix W of shape (m, n) goes through, at t = 1, 2, ...
+
+    g = ∇L(y)
+    M ← μ M + (1-μ) g                                   momentum
+    P = polar(M)                                        Muon: all singular values near 1
+    v ← β2 v + (1-β2) mean over columns of P⊙P          NorMuon: one second moment per row
+    P̂ = P / (√v + ε)
+    η_t = η min(1, t / T_warmup)
+    u = η_t λ z + 0.2 η_t √(mn) / ‖P̂‖_F · P̂             decay at the fast iterate, and a step of RMS 0.2 η_t
+    z ← z - u
+    x ← (1-c) x + c z,   c = η_t² / Σ_{i≤t} η_i²        Schedule-Free: the average replaces the schedule
+    y = (1-β1) z + β1 x
+
+and every other parameter (embeddings, gains) through the same last three lines with a step of AdamW instead.
+Only two of the three are stored: the parameter holds y while training and x while evaluating, the state holds z.
+"""
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+BETAS, ADAMW_BETAS = (0.9, 0.95), (0.95, 0.99)  # defaults for the matrices, and for everything else
+
+
+def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """The approximate polar factor UVᵀ of G = USVᵀ: singular values above about 0.01 ‖G‖_F land in [0.68, 1.14].
+
+    G: (..., m, n), any scale. Returns G's shape and dtype; zero gives zero. Computes in `dtype`, by default bfloat16
+    on CUDA and float32 elsewhere. The quintic iteration and its coefficients are Muon's (Jordan et al. 2024).
+    """
+    if G.numel() == 0:
+        return G.clone()
+    iterate = _iterate_compiled if G.is_cuda else _iterate
+    X = G.to(dtype or _default_dtype(G))
+    return iterate(X.reshape(-1, *G.shape[-2:]), steps).reshape(G.shape).to(G.dtype)
+
+
+def _default_dtype(G: Tensor) -> torch.dtype:
+    return torch.bfloat16 if G.is_cuda else torch.float32
+
+
+def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = X.size(-2) > X.size(-1)
+    if tall:  # the products X Xᵀ are then of the smaller size
+        X = X.mT
+    tiny = torch.finfo(X.dtype).tiny
+    # The largest entry first, because the squares of small or large gradients leave the range of the dtype.
+    X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
+    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    for _ in range(steps):  # X ← a X + b (XXᵀ) X + c (XXᵀ)² X
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+_iterate_compiled = torch.compile(_iterate, fullgraph=True)
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process holds of each tensor: its own rows of a DTensor, or all of a plain tensor."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def same_shape(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters in groups that can be stacked."""
+    groups = {}
+    for p in params:
+        sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+        groups.setdefault((p.shape, p.dtype, p.device, sharding), []).append(p)
+    return list(groups.values())
+
+
+def polar(Ms: list[Tensor], steps: int, dtype: torch.dtype | None) -> Tensor:
+    """Polar factors of B matrices of one shape (m, n), stacked: (B, m, n), or (B, rows, n) of this process's rows.
+
+    The only place that needs whole matrices, so the only exchange: DTensors sharded by rows are redistributed so that
+    each process holds its share of the B matrices whole (an all-to-all), and back. All processes must call it.
+    """
+    M, stack = Ms[0], torch.stack(local(Ms))
+    if not isinstance(M, DTensor):
+        return newton_schulz(stack, steps, dtype)
+    rows = [Shard(1) if p.is_shard() else p for p in M.placements]
+    whole = [Shard(0)] * len(rows)
+
+    def exchange(tensor, source, target):
+        shape = torch.Size([len(Ms), *M.shape])
+        tensor = DTensor.from_local(tensor.contiguous(), M.device_mesh, source, run_check=False,
+                                    shape=shape, stride=(shape[1] * shape[2], shape[2], 1))
+        return tensor.redistribute(placements=target).to_local()
+
+    mine = exchange(stack.to(dtype or _default_dtype(stack)), rows, whole)
+    return exchange(newton_schulz(mine, steps, dtype), whole, rows).to(stack.dtype)
+
+
+def matrix_sum(T: Tensor, like: Tensor) -> Tensor:
+    """Sums (B, rows, n) over whole matrices: (B, 1, 1), over all processes where `like` is sharded."""
+    total = T.sum((-2, -1), keepdim=True)
+    if isinstance(like, DTensor):
+        placements = [Partial() if p.is_shard() else p for p in like.placements]
+        total = DTensor.from_local(total, like.device_mesh, placements, run_check=False).full_tensor()
+    return total
+
+
+def normuon_direction(Ms: list[Tensor], vs: list[Tensor], beta2: float, eps: float, steps: int,
+                      dtype: torch.dtype | None, normalize_rows: bool) -> Tensor:
+    """0.2 √(mn) / ‖P̂‖_F · P̂ for B matrices of one shape, stacked: (B, rows, n), with a root mean square of 0.2.
+
+    Ms: momenta, (m, n) each. vs: second moments of the rows, (m, 1) each, updated in place (beta2=1 keeps them).
+    """
+    P = polar(Ms, steps, dtype)
+    if normalize_rows:
+        vs = local(vs)
+        torch._foreach_lerp_(vs, list(P.square().mean(-1, keepdim=True).unbind()), 1 - beta2)
+        P = P / (torch.stack(vs).sqrt() + eps)
+    norm = matrix_sum(P.square(), Ms[0]).sqrt()
+    return P * (0.2 * math.sqrt(Ms[0].numel()) / norm.clamp(min=torch.finfo(P.dtype).tiny))
+
+
+def check_group(group: dict) -> None:
+    """Raises ValueError for a parameter group that none of the optimizers here can take."""
+    if not group["lr"] >= 0:
+        raise ValueError(f"lr must not be negative, got {group['lr']}")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {group['weight_decay']}")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps must not be negative, got {group['eps']}")
+    if not (len(group["betas"]) == 2 and 0 <= group["betas"][1] < 1):
+        raise ValueError(f"betas must be two numbers, the second one in [0, 1), got {group['betas']}")
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+    if not (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1):
+        raise ValueError(f"ns_steps must be a whole number of at least 1, got {group['ns_steps']}")
+    for p in group["params"]:
+        if p.is_complex() or p.layout != torch.strided:
+            raise ValueError(f"parameters must be real and dense, got {p.dtype}, {p.layout} of shape {tuple(p.shape)}")
+        if not group["use_muon"]:
+            continue
+        if p.ndim != 2:
+            raise ValueError(f"use_muon=True wants matrices, got a parameter of shape {tuple(p.shape)}: "
+                             "put it into a group with use_muon=False")
+        if isinstance(p, DTensor) and any(q not in (Shard(0), Replicate()) for q in p.placements):
+            raise ValueError(f"matrices must be sharded by rows, Shard(0), got {p.placements}")
+
+
+class SFNorMuon(torch.optim.Optimizer):
+    """Schedule-free NorMuon (arXiv:2605.23061, Algorithm 1). Needs no schedule and no horizon.
+
+        opt = SFNorMuon([{"params": matrices}, {"params": rest, "use_muon": False}])
+        opt.train()  # the parameters are y: before the forward pass of every training step
+        opt.step()
+        opt.eval()   # the parameters are x: before evaluating, sampling or saving the model
+
+    params: as for torch.optim, plain tensors or DTensors from `fully_shard` (then every process calls every method).
+        A group may carry use_muon (default True: hidden weight matrices, ndim 2; False: everything else, embeddings and
+        the output head included) and its own lr, betas, momentum, weight_decay, eps.
+    lr: η, also of the groups with use_muon=False. Read at every step; at 0 nothing moves.
+    betas: β1, how far y is from z towards x, in (0, 1]; β2, of the second moments. Groups with use_muon=False have
+        (0.95, 0.99) unless betas is given, here or there.
+    momentum: μ, of the matrices only. weight_decay: λ. eps: ε.
+    warmup_steps: T_warmup. ns_steps, ns_dtype: of `newton_schulz`.
+    decay_at: "z" (the method), "y" or "none", the ablation of the paper's Fig. 2; for every group.
+    normalize_rows: False leaves the row normalization out, the ablation of Fig. 3.
+
+    Keep the parameters in float32: updates of RMS 0.2 η would be lost in the rounding of bfloat16 weights.
+    A parameter without a gradient is skipped. Gradients that are not finite raise nothing here.
+    Raises ValueError for values out of range, for use_muon=True with anything but matrices, and for sparse or complex
+    parameters.
+    """
+
+    def __init__(self, params, lr=0.008, betas=BETAS, momentum=0.8, weight_decay=0.05, warmup_steps=2000, eps=1e-8,
+                 ns_steps=5, ns_dtype=None, decay_at="z", normalize_rows=True):
+        if decay_at not in ("z", "y", "none"):
+            raise ValueError(f'decay_at must be "z", "y" or "none", got {decay_at!r}')
+        if not warmup_steps >= 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        super().__init__(params, dict(
+            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps, eps=eps,
+            ns_steps=ns_steps, ns_dtype=ns_dtype, decay_at=decay_at, normalize_rows=normalize_rows, use_muon=True,
+            step=0, weight_sum=0.0, train_mode=True))
+
+    def add_param_group(self, group):
+        if not group.get("use_muon", True) and self.defaults["betas"] is BETAS:  # betas was left at its default
+            group.setdefault("betas", ADAMW_BETAS)
+        super().add_param_group(group)
+        check_group(group)
+        if not 0 < group["betas"][0] <= 1:  # x could not be recovered from y = z
+            raise ValueError(f"beta1 must be in (0, 1], got {group['betas'][0]}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every parameter that has a gradient. Returns the closure's loss, if there is a closure.
+
+        Raises RuntimeError in eval mode, because the gradient must have been taken at y.
+        """
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError("step() in eval mode: call .train() before the forward pass of a training step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self._init_state(p, group["use_muon"])
+            if not params or group["lr"] == 0:
+                continue
+            group["step"] += 1
+            lr = self._warmed_up_lr(group)
+            group["weight_sum"] += lr**2
+            c = lr**2 / group["weight_sum"]
+            if group["use_muon"]:
+                for bucket in same_shape(params):
+                    self._move(group, bucket, self._matrix_step(group, bucket, lr), lr, c)
+            else:
+                self._move(group, params, self._adamw_step(group, params, lr), lr, c)
+        return loss
+
+    def _init_state(self, p, use_muon):
+        state = self.state[p]
+        if state:
+            return
+        state["z"] = p.detach().clone()
+        if use_muon:
+            state["momentum_buffer"] = torch.zeros_like(p)
+            state["row_second_moment"] = torch.zeros_like(p[:, :1])  # (m, 1), sharded like p
+        else:
+            state["exp_avg_sq"] = torch.zeros_like(p)
+
+    def _warmed_up_lr(self, group):
+        return float(group["lr"]) * min(1.0, group["step"] / max(1, group["warmup_steps"]))
+
+    def _states(self, params, name):
+        return [self.state[p][name] for p in params]
+
+    def _matrix_step(self, group, params, lr):
+        Ms = self._states(params, "momentum_buffer")
+        torch._foreach_lerp_(local(Ms), local([p.grad for p in params]), 1 - group["momentum"])
+        direction = self._direction(group, params, group["betas"][1])
+        return list((lr * direction).unbind())
+
+    def _direction(self, group, params, beta2):
+        return normuon_direction(
+            self._states(params, "momentum_buffer"), self._states(params, "row_second_moment"), beta2, group["eps"],
+            group["ns_steps"], group["ns_dtype"], group["normalize_rows"])
+
+    def _adamw_step(self, group, params, lr):
+        g, v, beta2 = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq")), group["betas"][1]
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        denominator = torch._foreach_div(v, 1 - beta2 ** group["step"])
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, group["eps"])
+        step = torch._foreach_div(g, denominator)
+        torch._foreach_mul_(step, lr)
+        return step
+
+    def _move(self, group, params, u, lr, c):
+        """z ← z - u, the average and y = (1-β1) z + β1 x, with x eliminated: the parameter goes from y to y."""
+        y, z, beta1 = local(params), local(self._states(params, "z")), group["betas"][0]
+        if group["decay_at"] != "none":
+            torch._foreach_add_(u, z if group["decay_at"] == "z" else y, alpha=lr * group["weight_decay"])
+        torch._foreach_lerp_(y, z, c)  # y ← (1-c) y + c z - (1 - β1 (1-c)) u, with the old z
+        torch._foreach_add_(y, u, alpha=-(1 - beta1 * (1 - c)))
+        torch._foreach_sub_(z, u)
+
+    def train(self) -> None:
+        """Makes the parameters y, where gradients are taken. In place, idempotent, not a collective."""
+        self._switch(True)
+
+    def eval(self) -> None:
+        """Makes the parameters x, the averaged weights, which are the model. In place, idempotent, not a collective."""
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, train_mode):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in self.state]
+            if group["train_mode"] != train_mode and params:
+                beta1 = group["betas"][0]
+                weight = 1 - beta1 if train_mode else 1 - 1 / beta1  # y = x + (1-β1) (z-x), x = y + (1-1/β1) (z-y)
+                torch._foreach_lerp_(local(params), local(self._states(params, "z")), weight)
+            group["train_mode"] = train_mode
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[Tensor, dict[str, float]]:
+        """For each matrix that has taken a step, as the paper's Fig. 4 plots them (Section 3):
+
+        rho: RMS(z). alpha: ⟨z, P̂⟩ / (‖z‖ ‖P̂‖). predicted: λρ = 0.1 (-α + √(α² + 2ηλ)), to which λ rho converges
+        while ‖z‖ stands still. P̂ is computed anew from the state, so with DTensors every process must call this.
+        """
+        result = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in self.state and group["use_muon"]]
+            for bucket in same_shape(params):
+                P, z = self._direction(group, bucket, beta2=1.0), torch.stack(local(self._states(bucket, "z")))
+                zz, PP, zP = (matrix_sum(a * b, bucket[0]).flatten() for a, b in ((z, z), (P, P), (z, P)))
+                rho = (zz / bucket[0].numel()).sqrt()
+                alpha = zP / (zz * PP).sqrt().clamp(min=torch.finfo(zz.dtype).tiny)
+                lr = self._warmed_up_lr(group)
+                predicted = 0.1 * (-alpha + (alpha**2 + 2 * lr * group["weight_decay"]).sqrt())
+                for p, *values in zip(bucket, rho.tolist(), alpha.tolist(), predicted.tolist()):
+                    result[p] = dict(zip(("rho", "alpha", "predicted"), values))
+        return result

@@ -1,0 +1,618 @@
+"""Trains a language model: data, model, optimizer, evaluation, checkpoints and log in one loop.
+
+    python train.py configs/quickstart.py                                        one process, CPU or GPU
+    python train.py configs/125m_sf.py --max_tokens=10e9 --lr=0.01               --knob=value wins over the config
+    torchrun --standalone --nproc_per_node=8 train.py configs/772m_sf.py         many processes, same mathematics
+    python train.py --help                                                       all knobs
+
+The same command given again goes on from the last checkpoint. Ctrl-C and SIGTERM write one and stop.
+"""
+import ast
+import contextlib
+import difflib
+import fcntl
+import functools
+import gc
+import inspect
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from baselines import MuonAdamW, NorMuon
+from data import TokenBatches, read_meta
+from model import GPT, GPTConfig
+from prepare_fineweb import get_tokenizer, prepare_stdlib
+from sf_normuon import SFNorMuon, local
+
+OPTIMIZERS = ("sf_normuon", "sf_adamw", "adamw", "normuon", "muon")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+QUICKSTART_DATA = "data/stdlib"  # the only folder that is made when it is missing
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12,
+              "L40S": 362e12, "RTX 4090": 165e12}  # of bfloat16 products, dense, by a part of the card's name
+
+
+@dataclass
+class Config:
+    # the run
+    out_dir: str = ""  # config.json, log.jsonl and ckpt.pt go here; "": runs/<name of the config>
+    data_dir: str = "data/fineweb"  # token shards, made by prepare_fineweb.py
+    seed: int = 0  # of the initial weights and of the order of the batches
+    device: str = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype: str = ""  # of the products: float32 or bfloat16 (weights stay float32); "": bfloat16 on cuda, else float32
+    compile: bool = torch.cuda.is_available()  # torch.compile each block
+    activation_checkpointing: bool = False  # compute each block again in the backward pass: slower, far less memory
+    resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False: start anew
+    # the model
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024  # tokens in a sequence
+    vocab_size: int = 0  # 0: the data's, padded to a multiple of 64
+    # the budget
+    batch_size: int = 16  # sequences that a process takes at once; changes memory and speed only
+    total_batch_tokens: int = 524288  # tokens in a step, over all processes and accumulation steps
+    max_tokens: int = 0  # tokens to train on; 0: until it is stopped
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: not clipped
+    # the optimizer
+    optimizer: str = "sf_normuon"  # one of OPTIMIZERS
+    lr: float = 0.008
+    weight_decay: float = 0.05
+    betas: tuple = (0.9, 0.95)
+    momentum: float = 0.8  # sf_normuon, normuon, muon
+    warmup_steps: int = 2000
+    schedule: str = "constant"  # one of SCHEDULES; the schedule-free optimizers want constant
+    min_lr_ratio: float = 0.1  # where cosine ends, as a part of lr; linear and wsd end at 0
+    decay_at: str = "z"  # sf_normuon, sf_adamw: z, y or none
+    normalize_rows: bool = True  # sf_normuon, normuon
+    ns_steps: int = 5  # Newton-Schulz iterations
+    adam_lr: float = 0.0  # of what is not a hidden matrix: embeddings and gains; 0: as lr
+    adam_betas: tuple = (0.95, 0.99)  # of the same, where the matrices are not AdamW's too
+    adam_weight_decay: float = 0.05
+    # intervals, in steps
+    eval_interval: int = 250
+    log_interval: int = 10
+    checkpoint_interval: int = 1000
+    eval_tokens: int = 10485760  # of the validation data, from its start
+
+
+# What may differ when a run is resumed; everything else belongs to its mathematics.
+FREE = {"out_dir", "max_tokens", "eval_interval", "log_interval", "checkpoint_interval", "batch_size", "device",
+        "compile", "activation_checkpointing", "resume"}
+
+RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in
+                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+class Failure(Exception):
+    """Ends the run with one line. status 2: asked wrongly; 1: failed while running. `local`: only this process knows."""
+
+    def __init__(self, message: str, status: int = 1, local: bool = False):
+        super().__init__(" ".join(str(message).split()))
+        self.status, self.local = status, local
+
+
+# ---- configuration
+
+def parse(argv: list[str]) -> Config:
+    knobs = {f.name: f for f in fields(Config)}
+    paths = [a for a in argv if not a.startswith("-")]
+    if len(paths) > 1:
+        raise Failure(f"one config at a time, got {' '.join(paths)}; knobs are written --knob=value", 2)
+    given = []  # (where it stands, knob, value)
+    for path in paths:
+        try:
+            values = runpy.run_path(path)
+        except FileNotFoundError:
+            raise Failure(f"{path}: no such config", 2)
+        except Exception as e:
+            raise Failure(f"{path} is not a config of plain Python assignments: {type(e).__name__}: {e}", 2)
+        given += [(path, k, v) for k, v in values.items() if not k.startswith("__")]
+    for argument in argv:
+        if argument.startswith("-"):
+            key, equals, text = argument.lstrip("-").partition("=")
+            if not equals and key in knobs:
+                raise Failure(f"{argument}: write it --{key}=value", 2)
+            value = text
+            if key in knobs and knobs[key].type is not str:
+                with contextlib.suppress(ValueError, SyntaxError):
+                    value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+            given.append(("command line", key, value))
+    cfg = Config()
+    for where, key, value in given:
+        if key not in knobs:
+            nearest = difflib.get_close_matches(key, knobs, n=1, cutoff=0)[0]
+            raise Failure(f"{where}: unknown knob {key!r}; did you mean {nearest!r}?", 2)
+        kind = knobs[key].type
+        if kind is int and type(value) is float and value.is_integer():
+            value = int(value)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is tuple and type(value) in (tuple, list) and len(value) == 2 and {type(v) for v in value} <= {int, float}:
+            value = tuple(map(float, value))
+        elif type(value) is not kind or kind is tuple or (kind is float and not math.isfinite(value)):
+            wanted = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
+                      tuple: "two numbers, like 0.9,0.95"}[kind]
+            raise Failure(f"{where}: {key} must be {wanted}, got {value!r}", 2)
+        setattr(cfg, key, value)
+    cfg.out_dir = cfg.out_dir or f"runs/{Path(paths[0]).stem if paths else 'default'}"
+    check(cfg)
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Refuses impossible values, and fills in dtype."""
+    for key, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("decay_at", ("z", "y", "none")),
+                       ("dtype", ("", "float32", "bfloat16"))):
+        if getattr(cfg, key) not in known:
+            raise Failure(f"{key} must be one of {', '.join(filter(None, known))}, got {getattr(cfg, key)!r}", 2)
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "total_batch_tokens", "ns_steps",
+                "eval_interval", "log_interval", "checkpoint_interval", "eval_tokens"):
+        if getattr(cfg, key) < 1:
+            raise Failure(f"{key} must be at least 1, got {getattr(cfg, key)}", 2)
+    for key in ("lr", "weight_decay", "adam_lr", "adam_weight_decay", "min_lr_ratio", "grad_clip", "warmup_steps",
+                "max_tokens", "vocab_size", "seed"):
+        if getattr(cfg, key) < 0:
+            raise Failure(f"{key} must not be negative, got {getattr(cfg, key)}", 2)
+    if cfg.optimizer.startswith("sf_") and cfg.schedule != "constant":
+        raise Failure(f"schedule must be constant for {cfg.optimizer}, got {cfg.schedule!r}: its average replaces one", 2)
+    if cfg.schedule != "constant" and not cfg.max_tokens:
+        raise Failure(f"max_tokens must be given: the {cfg.schedule} schedule needs to know the end", 2)
+    if cfg.seed >= 2**32:
+        raise Failure(f"seed must be below 2**32, got {cfg.seed}", 2)
+    try:
+        device = torch.device(cfg.device)
+        torch.empty(0, device=device)
+    except Exception as e:
+        raise Failure(f"device {cfg.device!r} is not there: {str(e).splitlines()[0]}", 2)
+    if device.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        raise Failure(f"{LOCAL_RANK + 1} or more processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node", 2)
+    cfg.dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    sequences, rest = divmod(cfg.total_batch_tokens, cfg.block_size)
+    if rest or sequences % (cfg.batch_size * WORLD_SIZE):
+        fits = [b for b in range(1, sequences // WORLD_SIZE + 1) if sequences % (b * WORLD_SIZE) == 0]
+        what = (f"batch_size can be {', '.join(map(str, fits))}" if fits and not rest else
+                f"it must be a multiple of block_size * processes = {cfg.block_size * WORLD_SIZE}")
+        raise Failure(f"total_batch_tokens {cfg.total_batch_tokens} is not a multiple of batch_size {cfg.batch_size} * "
+                      f"block_size {cfg.block_size} * {WORLD_SIZE} processes: {what}", 2)
+
+
+# ---- the parts
+
+def build_optimizer(cfg: Config, model: GPT):
+    """To add an optimizer: its class, its name in OPTIMIZERS, a case here, a config."""
+    matrices = model.hidden_matrices()
+    ids = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups = [
+        dict(params=matrices, use_muon=True, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay),
+        dict(params=others, use_muon=False, lr=cfg.adam_lr or cfg.lr, betas=cfg.adam_betas,
+             weight_decay=cfg.adam_weight_decay)]
+    all_adamw = [{**group, "use_muon": False, "betas": cfg.betas} for group in groups]
+    schedule_free = dict(warmup_steps=cfg.warmup_steps, decay_at=cfg.decay_at)
+    spectral = dict(momentum=cfg.momentum, ns_steps=cfg.ns_steps)
+    try:
+        match cfg.optimizer:
+            case "sf_normuon":
+                return SFNorMuon(groups, **spectral, **schedule_free, normalize_rows=cfg.normalize_rows)
+            case "sf_adamw":
+                return SFNorMuon(all_adamw, **schedule_free)
+            case "adamw":
+                return torch.optim.AdamW(all_adamw, fused=True)
+            case "normuon":
+                return NorMuon(groups, **spectral, normalize_rows=cfg.normalize_rows)
+            case "muon":
+                return MuonAdamW(groups, **spectral)
+    except ValueError as e:
+        raise Failure(e, 2)
+
+
+def lr_factor(cfg: Config, step: int, steps: int) -> float:
+    """What multiplies lr at step 1, 2, ..., steps."""
+    if step <= cfg.warmup_steps:
+        return step / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
+    match cfg.schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            return 1 - progress
+        case "wsd":  # constant, then linear to zero over the last fifth
+            return min(1.0, (steps - step) / (0.2 * steps))
+
+
+def open_data(cfg: Config) -> tuple[TokenBatches, TokenBatches, dict, int]:
+    if cfg.data_dir == QUICKSTART_DATA and not Path(cfg.data_dir).exists():
+        prepare_stdlib(cfg.data_dir)
+    try:
+        meta = read_meta(cfg.data_dir)
+        vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
+        if vocab_size < meta["vocab_size"]:
+            raise Failure(f"vocab_size {vocab_size} is smaller than the {meta['vocab_size']} of {cfg.data_dir}", 2)
+        train, val = (TokenBatches(cfg.data_dir, split, cfg.block_size, vocab_size, cfg.seed) for split in ("train", "val"))
+    except FileNotFoundError as e:
+        raise Failure(e, 2)
+    except (OSError, ValueError) as e:
+        raise Failure(e)
+    return train, val, meta, vocab_size
+
+
+def build_model(cfg: Config, vocab_size: int) -> GPT:
+    """The weights are drawn on the CPU, so that they are the same on every device and number of processes."""
+    torch.manual_seed(cfg.seed)
+    try:
+        model = GPT(GPTConfig(vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(cfg.device)
+    except ValueError as e:
+        raise Failure(e, 2)
+    mesh = init_device_mesh(torch.device(cfg.device).type, (WORLD_SIZE,)) if WORLD_SIZE > 1 else None
+    for block in model.blocks:  # only the forward function is compiled: names of parameters stay as they are
+        if cfg.compile:
+            block.forward = torch.compile(block.forward)
+        if cfg.activation_checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if mesh:
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh) if mesh else model
+
+
+def get_batch(cfg: Config, data: TokenBatches, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        batch = data.get(positions)
+    except (OSError, ValueError) as e:
+        raise Failure(e, local=True)
+    if torch.device(cfg.device).type == "cuda":  # pinned memory, so that the copy runs beside the computation
+        return tuple(t.pin_memory().to(cfg.device, non_blocking=True) for t in batch)
+    return tuple(t.to(cfg.device) for t in batch)
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, model: GPT, data: TokenBatches, autocast) -> float:
+    """Mean loss over the first eval_tokens of the validation data, the same ones on any number of processes."""
+    sequences = min(len(data), max(1, cfg.eval_tokens // cfg.block_size))
+    total = 0.0
+    for first in range(RANK * cfg.batch_size, sequences + RANK * cfg.batch_size, WORLD_SIZE * cfg.batch_size):
+        positions = [min(p, sequences - 1) for p in range(first, first + cfg.batch_size)]
+        count = max(0, min(cfg.batch_size, sequences - first))
+        x, y = get_batch(cfg, data, positions)
+        y[count:] = -1  # past the end: computed all the same, since all processes and shapes must agree, not counted
+        with autocast:
+            total += model(x, y).item() * count
+    if WORLD_SIZE > 1:
+        total = torch.tensor(total, dtype=torch.float64, device=cfg.device)
+        dist.all_reduce(total)
+    return float(total) / sequences
+
+
+# ---- the run's folder
+
+def on_first_process(function) -> None:
+    """Calls it on the first process alone; if it fails there, all processes fail."""
+    failure = [None]
+    if RANK == 0:
+        try:
+            function()
+        except Failure as e:
+            failure = [e]
+        except OSError as e:
+            failure = [Failure(e)]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise failure[0]
+
+
+def write_atomically(path: Path, write) -> None:
+    """The new file or, when anything fails on the way, the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise Failure(f"{path} could not be written: {e}")
+
+
+def lock(out_dir: Path) -> None:
+    """Keeps a second run out of the folder for as long as this process lives. The workers of a torchrun that was killed
+    take a few seconds to notice and end, so a start waits for them."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = os.open(out_dir / ".lock", os.O_CREAT | os.O_RDWR)  # never closed: the lock ends with the process
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Failure(f"another run is at work in {out_dir}: wait for it, or give --out_dir=...")
+            time.sleep(0.2)
+
+
+def stop_with_parent() -> None:
+    """Ends this process when the torchrun that started it has gone, however that was killed."""
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+
+def load_checkpoint(cfg: Config, path: Path) -> dict | None:
+    """Maps the file: tensors are read when they are copied, and by each process only its own rows."""
+    if not cfg.resume or not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        before = saved["config"], saved["model"], saved["optimizer"], saved["step"], saved["train_time_s"]
+    except Exception as e:
+        raise Failure(f"{path} is not a whole checkpoint ({type(e).__name__}): restore a copy of it, or start anew with "
+                      "--resume=False")
+    for key, value in asdict(cfg).items():
+        if key not in FREE and before[0].get(key, value) != value:
+            raise Failure(f"{key} is {value!r}, but {path} was made with {before[0][key]!r}: go on with that, or start "
+                          "anew with --resume=False or another --out_dir", 2)
+    return saved
+
+
+def shard(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of the tensor, or of this process's rows of it, on the device of `like`."""
+    if not isinstance(like, DTensor) or full.ndim == 0:
+        return full.to(like.device, copy=True)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+def restore(saved: dict, model: GPT, optimizer) -> None:
+    model.load_state_dict({name: shard(saved["model"][name], p) for name, p in model.state_dict().items()})
+    optimizer.load_state_dict(saved["optimizer"])
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            state[name] = shard(value, p)
+
+
+def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, train_time: float) -> None:
+    """Full tensors and plain values, whatever the number of processes. The optimizer is in eval mode: the model is x."""
+    def whole(value):
+        if isinstance(value, DTensor):
+            value = value.full_tensor()  # a collective
+        return (value.cpu() if RANK == 0 else None) if isinstance(value, torch.Tensor) else value
+
+    tensors = tree_map(whole, {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
+    content = {**tensors, "model_config": asdict(model.config), "config": asdict(cfg), "step": step,
+               "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time}
+    on_first_process(lambda: write_atomically(path, lambda file: torch.save(content, file)))
+
+
+def start_folder(cfg: Config, out_dir: Path, step: int) -> None:
+    """Leaves in the folder what belongs to the first `step` steps of this run."""
+    log, ckpt = out_dir / "log.jsonl", out_dir / "ckpt.pt"
+    if step == 0 and ckpt.exists():
+        print(f"replacing the run in {out_dir} ({ckpt.stat().st_size / 1e6:.1f} MB of checkpoint, and its log)")
+        ckpt.unlink()
+    lines = []
+    if step and log.exists():
+        for line in log.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError):  # the last line may have been cut by a kill
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
+    write_atomically(log, lambda file: file.writelines(lines))
+    text = json.dumps(asdict(cfg), indent=1) + "\n"
+    write_atomically(out_dir / "config.json", lambda file: file.write(text.encode()))
+
+
+# ---- the run
+
+def report(cfg: Config, model: GPT, steps: int) -> str:
+    total, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.hidden_matrices())
+    matrix_words = 3 if cfg.optimizer in ("normuon", "muon") else 4  # weight, gradient, state
+    memory = 4 * (matrix_words * hidden + 4 * (total - hidden)) / WORLD_SIZE
+    device = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else cfg.device
+    accumulation = cfg.total_batch_tokens // (cfg.batch_size * cfg.block_size * WORLD_SIZE)
+    length = (f"{steps} steps, {steps * cfg.total_batch_tokens / (20 * total):.2f} times 20 tokens per parameter"
+              if steps else "until it is stopped")
+    return (f"device           {device}, {cfg.dtype}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}\n"
+            f"parameters       {total:,}, of which {hidden:,} in hidden matrices\n"
+            f"tokens per step  {cfg.total_batch_tokens:,} in {accumulation} accumulation step{'s' * (accumulation > 1)}\n"
+            f"length           {length}\n"
+            f"memory           {memory / 1e9:.3g} GB per process for weights, gradients and state, before activations")
+
+
+def peak_flops(cfg: Config) -> float | None:
+    if cfg.device.startswith("cuda") and cfg.dtype == "bfloat16":
+        name = torch.cuda.get_device_name()
+        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def sample(cfg: Config, model: GPT, meta: dict, tokens: int = 300) -> str:
+    """A text from the start of a document. All processes must call it."""
+    try:
+        tokenizer = get_tokenizer(meta["tokenizer"])
+    except Exception as e:
+        return f"(no sample, since the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})"
+    start = torch.full((1, 1), tokenizer.eot, device=cfg.device)
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+        idx = model.generate(start, tokens, temperature=0.8, top_k=50, vocab_size=tokenizer.vocab_size, generator=generator)
+    return tokenizer.decode(idx[0, 1:].tolist())
+
+
+def main(argv: list[str]) -> None:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__ + "\n" + inspect.getsource(Config))
+        return
+    cfg = parse(argv)
+    device_type = torch.device(cfg.device).type
+    if WORLD_SIZE > 1:
+        stop_with_parent()
+        if device_type == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    autocast = torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+    train_data, val_data, meta, vocab_size = open_data(cfg)
+    model = build_model(cfg, vocab_size)
+    optimizer = build_optimizer(cfg, model)
+    schedule_free = hasattr(optimizer, "eval")
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    params = list(model.parameters())
+    steps = max(1, cfg.max_tokens // cfg.total_batch_tokens) if cfg.max_tokens else 0
+
+    out_dir = Path(cfg.out_dir)
+    ckpt = out_dir / "ckpt.pt"
+    on_first_process(lambda: lock(out_dir))
+    saved, step, train_time = load_checkpoint(cfg, ckpt), 0, 0.0
+    if saved:
+        restore(saved, model, optimizer)
+        step, train_time = saved["step"], saved["train_time_s"]
+        del saved
+    if steps and step >= steps:
+        return say(f"{out_dir} is finished: {step} steps are in {ckpt}. More: --max_tokens=... Anew: --resume=False")
+    on_first_process(lambda: start_folder(cfg, out_dir, step))
+    say(report(cfg, model, steps))
+    if step:
+        say(f"going on from {ckpt} at step {step}")
+
+    stop = []  # signals that asked for it
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stop.append(received))
+    if schedule_free:
+        optimizer.train()
+    sequences = cfg.total_batch_tokens // cfg.block_size  # in a step, over all processes
+    accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
+    flops, peak = model.flops_per_token(), peak_flops(cfg)
+    log = open(out_dir / "log.jsonl", "a") if RANK == 0 else None
+    bar = tqdm(total=steps * cfg.total_batch_tokens or None, initial=step * cfg.total_batch_tokens, unit="tok",
+               unit_scale=True, disable=RANK > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
+    first_step, logged_step, logged_time = step + 1, step, 0.0
+    clock = time.perf_counter()
+    while True:
+        step += 1
+        # One step: the gradient at y, over micro-batches and processes
+        loss = torch.zeros((), device=cfg.device)
+        for micro in range(accumulation):
+            first = (step - 1) * sequences + (micro * WORLD_SIZE + RANK) * cfg.batch_size
+            x, y = get_batch(cfg, train_data, range(first, first + cfg.batch_size))
+            with autocast:
+                micro_loss = model(x, y) / accumulation
+            micro_loss.backward()  # processes are averaged by fully_shard
+            loss += micro_loss.detach()
+        grads = local([p.grad for p in params])
+        squares = torch.stack(torch._foreach_norm(grads)).square().sum()
+        stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(bool(stop)), device=cfg.device)])
+        if WORLD_SIZE > 1:
+            dist.all_reduce(stats)
+        loss, squares, stopping = stats.tolist()
+        norm = math.sqrt(squares) if squares >= 0 else math.nan
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Failure(f"step {step}: loss {loss}, norm of the gradient {norm}: stopped before the step was taken; "
+                          f"the last checkpoint, if there is one, is {ckpt}")
+        if cfg.grad_clip and norm > cfg.grad_clip:
+            torch._foreach_mul_(grads, cfg.grad_clip / norm)
+        factor = lr_factor(cfg, step, steps)
+        if not schedule_free:  # those warm up by themselves
+            for group, lr in zip(optimizer.param_groups, base_lrs):
+                group["lr"] = lr * factor
+        optimizer.step()
+        model.zero_grad()
+
+        seconds = time.perf_counter() - clock
+        # The first step compiles, so it is counted as long as the second.
+        train_time += 0 if step == first_step else 2 * seconds if step == first_step + 1 else seconds
+        logged_time += seconds
+        tokens, last = step * cfg.total_batch_tokens, step == steps
+        bar.set_description(f"step {step} loss {loss:.4f}", refresh=False)
+        bar.update(cfg.total_batch_tokens)
+        if step % cfg.log_interval == 0 or last:
+            speed = (step - logged_step) * cfg.total_batch_tokens / logged_time
+            mfu = {"mfu": speed * flops / (peak * WORLD_SIZE)} if peak else {}
+            write(log, step=step, tokens=tokens, loss=loss, lr=cfg.lr * factor, grad_norm=norm, tokens_per_second=speed, **mfu)
+            logged_step, logged_time = step, 0.0
+        evaluating = step % cfg.eval_interval == 0 or last
+        saving = step % cfg.checkpoint_interval == 0 or last or stopping
+        if evaluating or saving:
+            if schedule_free:
+                optimizer.eval()
+            if evaluating:
+                val_loss = evaluate(cfg, model, val_data, autocast)
+                write(log, step=step, tokens=tokens, val_loss=val_loss, train_time_s=train_time, **steady_state(cfg, optimizer))
+                if RANK == 0:
+                    tqdm.write(f"step {step}: validation loss {val_loss:.4f}, {train_time:.0f} s of training")
+            if saving:
+                save_checkpoint(cfg, ckpt, model, optimizer, step, train_time)
+            if last or stopping:
+                break
+            if schedule_free:
+                optimizer.train()
+        if step == first_step or evaluating:  # never in the middle of a step
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        clock = time.perf_counter()
+    bar.close()
+    if last:
+        with autocast:
+            text = sample(cfg, model, meta)
+        say(f"\n{text}\n\nfinished: the model is in {ckpt}, its figures are in {out_dir / 'log.jsonl'}")
+    else:
+        say(f"stopped after step {step}: the model is in {ckpt}, and the same command goes on from there")
+
+
+def steady_state(cfg: Config, optimizer) -> dict:
+    """Means over the matrices of the paper's diagnostics."""
+    if cfg.optimizer != "sf_normuon":
+        return {}
+    values = optimizer.diagnostics().values()
+    rho, alpha, predicted = (sum(v[key] for v in values) / len(values) for key in ("rho", "alpha", "predicted"))
+    return {"rho": rho, "alpha": alpha, "lambda_rho": cfg.weight_decay * rho, "lambda_rho_predicted": predicted}
+
+
+def write(log, **values) -> None:
+    if log:
+        log.write(json.dumps(values) + "\n")
+        log.flush()
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    status = 0
+    try:
+        main(sys.argv[1:])
+    except Failure as e:
+        status = e.status
+        if RANK == 0 or e.local:
+            print(f"train.py: {e}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        status = 1
+        if RANK == 0:
+            print("train.py: interrupted before the first step", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if status:
+            os._exit(status)  # without waiting for the others
+        dist.destroy_process_group()
+    sys.exit(status)
