@@ -77,13 +77,9 @@ class MuonAdamW:
     """torch's own Muon for the groups with use_muon=True and torch's AdamW for the others, as one optimizer."""
 
     def __init__(self, params, momentum, ns_steps):
-        matrices, others = ([{k: v for k, v in group.items() if k != "use_muon"} for group in params
-                             if group["use_muon"] == use_muon] for use_muon in (True, False))
-        for group in matrices:
-            del group["betas"]
+        matrices, others = ([group for group in params if group["use_muon"] == use_muon] for use_muon in (True, False))
         self.muon = torch.optim.Muon(matrices, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, fused=True)
-        self.param_groups = self.muon.param_groups + self.adamw.param_groups
 
     def step(self):
         self.muon.step()
@@ -95,4 +91,11 @@ class MuonAdamW:
     def load_state_dict(self, state_dict):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
-        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def param_groups(self):
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def state(self):
+        return {**self.muon.state, **self.adamw.state}

@@ -179,7 +179,7 @@ def open_folder(out, **arguments):
                 found.append(json.load(f))
             for key in arguments:
                 if found[-1].get(key) != arguments[key]:
-                    raise Refused(f"{path}: made with {key} {found[-1].get(key)}, not {arguments[key]}; give another --out")
+                    raise Refused(f"{path}: made with another {key} ({found[-1].get(key)}); give another --out")
         except FileNotFoundError:
             found.append(None)
         except (ValueError, AttributeError):
@@ -245,7 +245,7 @@ def prepare(out, sources, source, tokenizer, tokens, shard_tokens, processes, ex
 
 def fetch_shards(out, n):
     """Download n training shards of GPT-2 tokens, and the validation shard, from the Hugging Face hub."""
-    os.environ["HF_HUB_DISABLE_XET"] = "1"  # plain HTTP goes on with a partial file, xet starts it anew
+    os.environ["HF_HUB_DISABLE_XET"] = "1"  # plain HTTP times out, and goes on where a connection broke
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)  # it logs what it raises
@@ -328,8 +328,8 @@ def main():
     parser = argparse.ArgumentParser(description="Turn text into token shards.")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--subset", default="sample-10BT", help="of FineWeb, streamed (default: %(default)s)")
-    source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, .jsonl, .ndjson), text (.txt, "
-                        "a document a line); all but parquet also .gz or .zst; documents are the column `text`")
+    source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, .jsonl, .ndjson), text "
+                        "(.txt, a document a line); all but parquet also .gz or .zst; documents are the column `text`")
     source.add_argument("--shards", type=number, help="fetch so many ready shards of 100M GPT-2 tokens, up to 1030")
     parser.add_argument("--out", default="data/fineweb", help="folder for the shards (default: %(default)s)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")

@@ -10,11 +10,11 @@ The same command given again goes on from the last checkpoint. Ctrl-C and SIGTER
 import ast
 import contextlib
 import difflib
-import fcntl
 import functools
 import gc
 import inspect
 import json
+import logging
 import math
 import os
 import runpy
@@ -29,12 +29,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from baselines import MuonAdamW, NorMuon
+from checkpoint import load, lock, restore, whole, write_atomically
 from data import TokenBatches, read_meta
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
@@ -42,6 +41,7 @@ from sf_normuon import SFNorMuon, local
 
 OPTIMIZERS = ("sf_normuon", "sf_adamw", "adamw", "normuon", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 QUICKSTART_DATA = "data/stdlib"  # the only folder that is made when it is missing
 PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12,
               "L40S": 362e12, "RTX 4090": 165e12}  # of bfloat16 products, dense, by a part of the card's name
@@ -53,7 +53,7 @@ class Config:
     out_dir: str = ""  # config.json, log.jsonl and ckpt.pt go here; "": runs/<name of the config>
     data_dir: str = "data/fineweb"  # token shards, made by prepare_fineweb.py
     seed: int = 0  # of the initial weights and of the order of the batches
-    device: str = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device: str = DEVICES[0]  # cuda, mps or cpu: the first that is there
     dtype: str = ""  # of the products: float32 or bfloat16 (weights stay float32); "": bfloat16 on cuda, else float32
     compile: bool = torch.cuda.is_available()  # torch.compile each block
     activation_checkpointing: bool = False  # compute each block again in the backward pass: slower, far less memory
@@ -122,37 +122,40 @@ def parse(argv: list[str]) -> Config:
             raise Failure(f"{path}: no such config", 2)
         except Exception as e:
             raise Failure(f"{path} is not a config of plain Python assignments: {type(e).__name__}: {e}", 2)
-        given += [(path, k, v) for k, v in values.items() if not k.startswith("__")]
+        given += [(path, key, value) for key, value in values.items() if not key.startswith("__")]
     for argument in argv:
         if argument.startswith("-"):
-            key, equals, text = argument.lstrip("-").partition("=")
-            if not equals and key in knobs:
+            key, equals, value = argument.lstrip("-").partition("=")
+            if not equals:
                 raise Failure(f"{argument}: write it --{key}=value", 2)
-            value = text
-            if key in knobs and knobs[key].type is not str:
-                with contextlib.suppress(ValueError, SyntaxError):
-                    value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError):
+                if key in knobs and knobs[key].type is not str:
+                    value = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
             given.append(("command line", key, value))
     cfg = Config()
     for where, key, value in given:
         if key not in knobs:
             nearest = difflib.get_close_matches(key, knobs, n=1, cutoff=0)[0]
             raise Failure(f"{where}: unknown knob {key!r}; did you mean {nearest!r}?", 2)
-        kind = knobs[key].type
-        if kind is int and type(value) is float and value.is_integer():
-            value = int(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if kind is tuple and type(value) in (tuple, list) and len(value) == 2 and {type(v) for v in value} <= {int, float}:
-            value = tuple(map(float, value))
-        elif type(value) is not kind or kind is tuple or (kind is float and not math.isfinite(value)):
-            wanted = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
-                      tuple: "two numbers, like 0.9,0.95"}[kind]
-            raise Failure(f"{where}: {key} must be {wanted}, got {value!r}", 2)
-        setattr(cfg, key, value)
+        setattr(cfg, key, convert(where, key, value, knobs[key].type))
     cfg.out_dir = cfg.out_dir or f"runs/{Path(paths[0]).stem if paths else 'default'}"
     check(cfg)
     return cfg
+
+
+def convert(where: str, key: str, value, kind: type):
+    def number(v):
+        return type(v) in (int, float) and math.isfinite(v)
+
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    if kind is int and number(value) and value == int(value) or kind is float and number(value):
+        return kind(value)
+    if kind is tuple and type(value) in (tuple, list) and len(value) == 2 and all(map(number, value)):
+        return tuple(map(float, value))
+    wanted = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
+              tuple: "two numbers, like 0.9,0.95"}[kind]
+    raise Failure(f"{where}: {key} must be {wanted}, got {value!r}", 2)
 
 
 def check(cfg: Config) -> None:
@@ -175,14 +178,15 @@ def check(cfg: Config) -> None:
         raise Failure(f"max_tokens must be given: the {cfg.schedule} schedule needs to know the end", 2)
     if cfg.seed >= 2**32:
         raise Failure(f"seed must be below 2**32, got {cfg.seed}", 2)
-    try:
-        device = torch.device(cfg.device)
-        torch.empty(0, device=device)
-    except Exception as e:
-        raise Failure(f"device {cfg.device!r} is not there: {str(e).splitlines()[0]}", 2)
-    if device.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
-        raise Failure(f"{LOCAL_RANK + 1} or more processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node", 2)
-    cfg.dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    device = cfg.device.partition(":")[0]
+    if device not in DEVICES:
+        raise Failure(f"device must be one of {', '.join(DEVICES)} here, got {cfg.device!r}", 2)
+    if device == "cuda":  # each process takes its own card, and leaves nothing on the others
+        try:
+            torch.cuda.set_device(LOCAL_RANK if WORLD_SIZE > 1 else torch.device(cfg.device))
+        except RuntimeError as e:
+            raise Failure(f"device {cfg.device!r}, process {LOCAL_RANK}: {e}", 2)
+    cfg.dtype = cfg.dtype or ("bfloat16" if device == "cuda" else "float32")
     sequences, rest = divmod(cfg.total_batch_tokens, cfg.block_size)
     if rest or sequences % (cfg.batch_size * WORLD_SIZE):
         fits = [b for b in range(1, sequences // WORLD_SIZE + 1) if sequences % (b * WORLD_SIZE) == 0]
@@ -318,38 +322,6 @@ def on_first_process(function) -> None:
         raise failure[0]
 
 
-def write_atomically(path: Path, write) -> None:
-    """The new file or, when anything fails on the way, the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        raise Failure(f"{path} could not be written: {e}")
-
-
-def lock(out_dir: Path) -> None:
-    """Keeps a second run out of the folder for as long as this process lives. The workers of a torchrun that was killed
-    take a few seconds to notice and end, so a start waits for them."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(out_dir / ".lock", os.O_CREAT | os.O_RDWR)  # never closed: the lock ends with the process
-    deadline = time.monotonic() + 15
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise Failure(f"another run is at work in {out_dir}: wait for it, or give --out_dir=...")
-            time.sleep(0.2)
-
-
 def stop_with_parent() -> None:
     """Ends this process when the torchrun that started it has gone, however that was killed."""
     def watch(parent):
@@ -360,45 +332,23 @@ def stop_with_parent() -> None:
 
 
 def load_checkpoint(cfg: Config, path: Path) -> dict | None:
-    """Maps the file: tensors are read when they are copied, and by each process only its own rows."""
     if not cfg.resume or not path.exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        before = saved["config"], saved["model"], saved["optimizer"], saved["step"], saved["train_time_s"]
-    except Exception as e:
-        raise Failure(f"{path} is not a whole checkpoint ({type(e).__name__}): restore a copy of it, or start anew with "
-                      "--resume=False")
+        saved = load(path)
+    except ValueError as e:
+        raise Failure(f"{e}: put a copy in its place, or start anew with --resume=False")
     for key, value in asdict(cfg).items():
-        if key not in FREE and before[0].get(key, value) != value:
-            raise Failure(f"{key} is {value!r}, but {path} was made with {before[0][key]!r}: go on with that, or start "
-                          "anew with --resume=False or another --out_dir", 2)
+        before = saved["config"].get(key, value)
+        if key not in FREE and before != value:
+            raise Failure(f"{key} is {value!r}, but {path} was made with {before!r}: go on with that, or start anew with "
+                          "--resume=False or in another --out_dir", 2)
     return saved
 
 
-def shard(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A copy of the tensor, or of this process's rows of it, on the device of `like`."""
-    if not isinstance(like, DTensor) or full.ndim == 0:
-        return full.to(like.device, copy=True)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-
-def restore(saved: dict, model: GPT, optimizer) -> None:
-    model.load_state_dict({name: shard(saved["model"][name], p) for name, p in model.state_dict().items()})
-    optimizer.load_state_dict(saved["optimizer"])
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            state[name] = shard(value, p)
-
-
 def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, train_time: float) -> None:
-    """Full tensors and plain values, whatever the number of processes. The optimizer is in eval mode: the model is x."""
-    def whole(value):
-        if isinstance(value, DTensor):
-            value = value.full_tensor()  # a collective
-        return (value.cpu() if RANK == 0 else None) if isinstance(value, torch.Tensor) else value
-
-    tensors = tree_map(whole, {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()})
+    """The optimizer is in eval mode, so the model in the checkpoint is x."""
+    tensors = whole({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}, keep=RANK == 0)
     content = {**tensors, "model_config": asdict(model.config), "config": asdict(cfg), "step": step,
                "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time}
     on_first_process(lambda: write_atomically(path, lambda file: torch.save(content, file)))
@@ -465,8 +415,7 @@ def main(argv: list[str]) -> None:
     device_type = torch.device(cfg.device).type
     if WORLD_SIZE > 1:
         stop_with_parent()
-        if device_type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # gloo exchanges in a roundabout way
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     autocast = torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")

@@ -1,0 +1,84 @@
+"""A run's folder: the lock that keeps others out, and checkpoints that do not depend on the number of processes."""
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+
+def lock(folder: Path, patience: float = 15) -> None:
+    """Keeps other runs out of the folder for as long as this process lives, however it ends.
+
+    Waits `patience` seconds for one that is about to end, like the orphaned workers of a torchrun that was killed.
+    Raises OSError if it does not, or if the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # not closed: the lock ends with the process
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OSError(f"another run is at work in {folder}: wait for its end, or give another folder")
+            time.sleep(0.2)
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls write(file) and puts what it wrote in the place of `path`, or raises OSError and leaves `path` as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save raises both
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {e}")
+
+
+def whole(tree, keep: bool):
+    """The tree of tensors and plain values, with whole tensors on the CPU where `keep`, None for them elsewhere.
+
+    A collective if there are DTensors: all processes must call it.
+    """
+    def gather(value):
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        return (value.cpu() if keep else None) if isinstance(value, Tensor) else value
+    return tree_map(gather, tree)
+
+
+def load(path: Path) -> dict:
+    """Maps the file: its tensors are read when they are copied. Raises ValueError if it is not a whole checkpoint."""
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not {"model", "model_config", "optimizer", "config", "step", "tokens", "train_time_s"} <= saved.keys():
+            raise KeyError
+        return saved
+    except Exception as e:  # noise can fail in any way
+        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
+
+
+def restore(saved: dict, model: nn.Module, optimizer) -> None:
+    """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective."""
+    model.load_state_dict({name: like(saved["model"][name], p) for name, p in model.state_dict().items()})
+    optimizer.load_state_dict(saved["optimizer"])
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            state[name] = like(value, p)
+
+
+def like(value: Tensor, p: Tensor) -> Tensor:
+    """A copy of the whole tensor `value`, on the device of p and sharded as p is."""
+    if not isinstance(p, DTensor) or value.ndim == 0:
+        return value.to(p.device, copy=True)
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
