@@ -62,7 +62,9 @@ def load(path: Path) -> dict:
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not {"model", "model_config", "optimizer", "config", "step", "tokens", "train_time_s"} <= saved.keys():
-            raise KeyError
+            raise KeyError("keys")
+        if not isinstance(saved["config"], dict) or not isinstance(saved["model_config"], dict):
+            raise TypeError("config")
         return saved
     except Exception as e:  # noise can fail in any way
         raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None

@@ -60,7 +60,9 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
     return X.mT if tall else X
 
 
-_iterate_compiled = torch.compile(_iterate, fullgraph=True)
+# Once for each shape, of which a model may have more than torch compiles by default.
+_iterate_compiled = torch._dynamo.config.patch(recompile_limit=1024)(
+    torch.compile(_iterate, fullgraph=True, dynamic=False))
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
@@ -213,8 +215,8 @@ class SFNorMuon(torch.optim.Optimizer):
                 continue
             group["step"] += 1
             lr = self._warmed_up_lr(group)
-            group["weight_sum"] += lr**2
-            c = lr**2 / group["weight_sum"]
+            group["weight_sum"] += lr * lr
+            c = lr * lr / group["weight_sum"]
             if group["use_muon"]:
                 for bucket in same_shape(params):
                     self._move(group, bucket, self._matrix_step(group, bucket, lr), lr, c)

@@ -23,7 +23,12 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
+
+PARENT = os.getppid()  # before the imports that take seconds, in which a torchrun can be killed
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop takes over, Ctrl-C just ends the process
 
 import torch
 import torch.distributed as dist
@@ -120,7 +125,7 @@ def parse(argv: list[str]) -> Config:
             values = runpy.run_path(path)
         except FileNotFoundError:
             raise Failure(f"{path}: no such config", 2)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise Failure(f"{path} is not a config of plain Python assignments: {type(e).__name__}: {e}", 2)
         given += [(path, key, value) for key, value in values.items() if not key.startswith("__")]
     for argument in argv:
@@ -164,6 +169,12 @@ def check(cfg: Config) -> None:
                        ("dtype", ("", "float32", "bfloat16"))):
         if getattr(cfg, key) not in known:
             raise Failure(f"{key} must be one of {', '.join(filter(None, known))}, got {getattr(cfg, key)!r}", 2)
+    for key in ("betas", "adam_betas"):  # beta1 1 is only possible where it is not a decay but a place between z and x
+        beta1, beta2 = getattr(cfg, key)
+        if not (0 <= beta1 <= 1 and 0 <= beta2 < 1) or beta1 == 1 and not cfg.optimizer.startswith("sf_"):
+            raise Failure(f"{key} must be in [0, 1), got {beta1}, {beta2}", 2)
+    if cfg.ns_steps > 99:
+        raise Failure(f"ns_steps must be below 100, got {cfg.ns_steps}", 2)
     for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "total_batch_tokens", "ns_steps",
                 "eval_interval", "log_interval", "checkpoint_interval", "eval_tokens"):
         if getattr(cfg, key) < 1:
@@ -188,12 +199,13 @@ def check(cfg: Config) -> None:
             raise Failure(f"device {cfg.device!r}, process {LOCAL_RANK}: {e}", 2)
     cfg.dtype = cfg.dtype or ("bfloat16" if device == "cuda" else "float32")
     sequences, rest = divmod(cfg.total_batch_tokens, cfg.block_size)
-    if rest or sequences % (cfg.batch_size * WORLD_SIZE):
-        fits = [b for b in range(1, sequences // WORLD_SIZE + 1) if sequences % (b * WORLD_SIZE) == 0]
-        what = (f"batch_size can be {', '.join(map(str, fits))}" if fits and not rest else
-                f"it must be a multiple of block_size * processes = {cfg.block_size * WORLD_SIZE}")
+    share, uneven = divmod(sequences, WORLD_SIZE)
+    if rest or uneven or share % cfg.batch_size:
+        what, whole = ("the number of processes", sequences) if uneven else ("batch_size", share)
+        fits = [n for n in range(1, min(whole, 1024) + 1) if whole % n == 0]
+        hint = "it must be a multiple of block_size" if rest else f"{what} can be {', '.join(map(str, fits))}"
         raise Failure(f"total_batch_tokens {cfg.total_batch_tokens} is not a multiple of batch_size {cfg.batch_size} * "
-                      f"block_size {cfg.block_size} * {WORLD_SIZE} processes: {what}", 2)
+                      f"block_size {cfg.block_size} * {WORLD_SIZE} processes: {hint}", 2)
 
 
 # ---- the parts
@@ -243,9 +255,9 @@ def lr_factor(cfg: Config, step: int, steps: int) -> float:
 
 
 def open_data(cfg: Config) -> tuple[TokenBatches, TokenBatches, dict, int]:
-    if cfg.data_dir == QUICKSTART_DATA and not Path(cfg.data_dir).exists():
-        prepare_stdlib(cfg.data_dir)
     try:
+        if cfg.data_dir == QUICKSTART_DATA and not Path(cfg.data_dir).exists():
+            prepare_stdlib(cfg.data_dir)
         meta = read_meta(cfg.data_dir)
         vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
         if vocab_size < meta["vocab_size"]:
@@ -324,24 +336,24 @@ def on_first_process(function) -> None:
 
 def stop_with_parent() -> None:
     """Ends this process when the torchrun that started it has gone, however that was killed."""
-    def watch(parent):
-        while os.getppid() == parent:
+    def watch():
+        while os.getppid() == PARENT:
             time.sleep(0.5)
         os._exit(1)
-    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def load_checkpoint(cfg: Config, path: Path) -> dict | None:
+def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
     if not cfg.resume or not path.exists():
         return None
     try:
         saved = load(path)
     except ValueError as e:
         raise Failure(f"{e}: put a copy in its place, or start anew with --resume=False")
-    for key, value in asdict(cfg).items():
-        before = saved["config"].get(key, value)
-        if key not in FREE and before != value:
-            raise Failure(f"{key} is {value!r}, but {path} was made with {before!r}: go on with that, or start anew with "
+    before = {**saved["config"], **saved["model_config"]}
+    for key, value in {**asdict(cfg), **asdict(model.config)}.items():
+        if key not in FREE and before.get(key, value) != value:
+            raise Failure(f"{key} is {value!r}, but {path} was made with {before[key]!r}: go on with that, or start anew with "
                           "--resume=False or in another --out_dir", 2)
     return saved
 
@@ -362,10 +374,10 @@ def start_folder(cfg: Config, out_dir: Path, step: int) -> None:
         ckpt.unlink()
     lines = []
     if step and log.exists():
-        for line in log.read_bytes().splitlines(keepends=True):
+        for line in log.read_bytes().splitlines():
             with contextlib.suppress(ValueError):  # the last line may have been cut by a kill
                 if json.loads(line)["step"] <= step:
-                    lines.append(line)
+                    lines.append(line.rstrip() + b"\n")
     write_atomically(log, lambda file: file.writelines(lines))
     text = json.dumps(asdict(cfg), indent=1) + "\n"
     write_atomically(out_dir / "config.json", lambda file: file.write(text.encode()))
@@ -416,7 +428,7 @@ def main(argv: list[str]) -> None:
     if WORLD_SIZE > 1:
         stop_with_parent()
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # gloo exchanges in a roundabout way
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     autocast = torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
@@ -431,7 +443,7 @@ def main(argv: list[str]) -> None:
     out_dir = Path(cfg.out_dir)
     ckpt = out_dir / "ckpt.pt"
     on_first_process(lambda: lock(out_dir))
-    saved, step, train_time = load_checkpoint(cfg, ckpt), 0, 0.0
+    saved, step, train_time = load_checkpoint(cfg, ckpt, model), 0, 0.0
     if saved:
         restore(saved, model, optimizer)
         step, train_time = saved["step"], saved["train_time_s"]
@@ -451,7 +463,7 @@ def main(argv: list[str]) -> None:
     sequences = cfg.total_batch_tokens // cfg.block_size  # in a step, over all processes
     accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
     flops, peak = model.flops_per_token(), peak_flops(cfg)
-    log = open(out_dir / "log.jsonl", "a") if RANK == 0 else None
+    log = open(out_dir / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
     bar = tqdm(total=steps * cfg.total_batch_tokens or None, initial=step * cfg.total_batch_tokens, unit="tok",
                unit_scale=True, disable=RANK > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
     first_step, logged_step, logged_time = step + 1, step, 0.0
@@ -505,6 +517,8 @@ def main(argv: list[str]) -> None:
                 optimizer.eval()
             if evaluating:
                 val_loss = evaluate(cfg, model, val_data, autocast)
+                if not math.isfinite(val_loss):
+                    raise Failure(f"step {step}: validation loss {val_loss}: stopped before a checkpoint was written")
                 write(log, step=step, tokens=tokens, val_loss=val_loss, train_time_s=train_time, **steady_state(cfg, optimizer))
                 if RANK == 0:
                     tqdm.write(f"step {step}: validation loss {val_loss:.4f}, {train_time:.0f} s of training")
@@ -539,8 +553,10 @@ def steady_state(cfg: Config, optimizer) -> dict:
 
 def write(log, **values) -> None:
     if log:
-        log.write(json.dumps(values) + "\n")
-        log.flush()
+        try:
+            log.write(json.dumps(values).encode() + b"\n")
+        except OSError as e:
+            raise Failure(f"{log.name} could not be written: {e}", local=True)
 
 
 def say(text: str) -> None:
@@ -549,17 +565,29 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    status = 0
+    sys.stdout.reconfigure(errors="replace")  # the sample may have characters that the terminal has not
+    status, message = 0, None
     try:
         main(sys.argv[1:])
     except Failure as e:
-        status = e.status
-        if RANK == 0 or e.local:
-            print(f"train.py: {e}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
+        status, message = e.status, str(e)
+        if RANK and not e.local:  # the first process says it; do not let torchrun end that one before it does
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10 if dist.is_torchelastic_launched() else 0)
+            message = None
+    except OSError as e:
+        status, message = 1, str(e)
+    except (RuntimeError, MemoryError) as e:
         status = 1
-        if RANK == 0:
-            print("train.py: interrupted before the first step", file=sys.stderr, flush=True)
+        if isinstance(e, MemoryError) or "memory" in str(e):
+            message = f"out of memory: lower batch_size, or give --activation_checkpointing=True ({str(e).splitlines()[0]})"
+        elif isinstance(e, dist.DistError) or "gloo" in str(e):
+            message = f"process {RANK} stopped, because another one has gone"
+        else:
+            raise
+    if message:
+        tqdm.write(f"train.py: {message}", file=sys.stderr)
+        sys.stderr.flush()
     if dist.is_initialized():
         if status:
             os._exit(status)  # without waiting for the others
