@@ -60,9 +60,9 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
     return X.mT if tall else X
 
 
-# Once for each shape, of which a model may have more than torch compiles by default.
-_iterate_compiled = torch._dynamo.config.patch(recompile_limit=1024)(
-    torch.compile(_iterate, fullgraph=True, dynamic=False))
+_iterate_compiled = torch.compile(_iterate, fullgraph=True, dynamic=False)
+# It compiles once for each shape, of which a model may have more than torch allows by default.
+torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
@@ -294,18 +294,21 @@ class SFNorMuon(torch.optim.Optimizer):
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
         """For each matrix that has taken a step, as the paper's Fig. 4 plots them (Section 3):
 
-        rho: RMS(z). alpha: ⟨z, P̂⟩ / (‖z‖ ‖P̂‖). predicted: λρ = 0.1 (-α + √(α² + 2ηλ)), to which λ rho converges
-        while ‖z‖ stands still. P̂ is computed anew from the state, so with DTensors every process must call this.
+        rho: RMS(z). alpha: ⟨z, P̂⟩ / (‖z‖ ‖P̂‖), of the last P̂ and the z that it was subtracted from.
+        predicted: λρ = 0.1 (-α + √(α² + 2ηλ)), where λ rho is while ‖z‖ stands still.
+        P̂ is computed anew from the state, so with DTensors every process must call this.
         """
         result = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p in self.state and group["use_muon"]]
             for bucket in same_shape(params):
-                P, z = self._direction(group, bucket, beta2=1.0), torch.stack(local(self._states(bucket, "z")))
-                zz, PP, zP = (matrix_sum(a * b, bucket[0]).flatten() for a, b in ((z, z), (P, P), (z, P)))
-                rho = (zz / bucket[0].numel()).sqrt()
-                alpha = zP / (zz * PP).sqrt().clamp(min=torch.finfo(zz.dtype).tiny)
                 lr = self._warmed_up_lr(group)
+                P, z = self._direction(group, bucket, beta2=1.0), torch.stack(local(self._states(bucket, "z")))
+                before = z + lr * P  # z before the last step, up to the factor 1 - ηλ
+                zz, bb, PP, bP = (matrix_sum(a * b, bucket[0]).flatten()
+                                  for a, b in ((z, z), (before, before), (P, P), (before, P)))
+                rho = (zz / bucket[0].numel()).sqrt()
+                alpha = bP / (bb * PP).sqrt().clamp(min=torch.finfo(zz.dtype).tiny)
                 predicted = 0.1 * (-alpha + (alpha**2 + 2 * lr * group["weight_decay"]).sqrt())
                 for p, *values in zip(bucket, rho.tolist(), alpha.tolist(), predicted.tolist()):
                     result[p] = dict(zip(("rho", "alpha", "predicted"), values))

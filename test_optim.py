@@ -90,7 +90,7 @@ def sf_step(params, grads, group):
             r.v = beta2 * r.v + (1 - beta2) * g * g
             d = g / ((r.v / (1 - beta2**t)).sqrt() + eps)
         u = eta * lam * {"z": r.z, "y": r.y, "none": 0 * r.z}[group["decay_at"]] + eta * d
-        r.z = r.z - u
+        r.z_before, r.z = r.z, r.z - u
         r.x = (1 - c) * r.x + c * r.z
         r.y = (1 - beta1) * r.z + beta1 * r.x
 
@@ -294,24 +294,23 @@ def test_diagnostics():
         assert set(found) == set(params[:len(MATRICES)])
         for p, r in zip(params, refs[:len(MATRICES)]):
             P_hat = polar(r.M) / (r.v.sqrt() + 1e-3)
-            alpha = ((r.z * P_hat).sum() / (r.z.norm() * P_hat.norm())).item()
+            alpha = ((r.z_before * P_hat).sum() / (r.z_before.norm() * P_hat.norm())).item()
             expected = {"rho": r.z.square().mean().sqrt().item(), "alpha": alpha,
                         "predicted": 0.1 * (-alpha + math.sqrt(alpha**2 + 2 * 0.1 * 0.4))}
             assert found[p] == pytest.approx(expected, abs=1e-10)
 
 
 def test_steady_state():
-    """Under random gradients ρ settles near the prediction. α is read after the step, when z already holds the last P̂,
-    which makes |α| larger by about 1-μ: hence μ = 0.95, and 12%."""
+    """Under random gradients ρ settles where the prediction says."""
     gen, params = torch.Generator().manual_seed(5), [nn.Parameter(randn(24, 32).float())]
-    opt = SFNorMuon(params, lr=0.1, momentum=0.95, weight_decay=0.1, warmup_steps=10)  # settles in 1 / 2ηλ = 50 steps
+    opt = SFNorMuon(params, lr=0.1, momentum=0.8, weight_decay=0.1, warmup_steps=10)  # settles in 1 / 2ηλ = 50 steps
     found = []
     for t in range(900):
         step(opt, params, [torch.randn(24, 32, generator=gen)])
         if t >= 400:
             found += opt.diagnostics().values()
     rho, predicted = ([d[name] for d in found] for name in ("rho", "predicted"))
-    assert 0.1 * sum(rho) == pytest.approx(sum(predicted), rel=0.12)
+    assert 0.1 * sum(rho) == pytest.approx(sum(predicted), rel=0.02)
     assert max(abs(b - a) / a for a, b in zip(rho, rho[1:])) < 0.01
 
 

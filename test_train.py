@@ -76,7 +76,7 @@ class Run:
         argv = [*argv, *(f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in knobs.items())]
         for name in ("stdout", "stderr"):
             (cwd / name).unlink(missing_ok=True)
-        self.popen, self.forks = None, []
+        self.popen, self.forks, self.orphans = None, [], []
         if command:
             files = [open(cwd / name, "a") for name in ("stdout", "stderr")]
             self.popen = subprocess.Popen([*command, TRAIN, *argv], cwd=cwd, env={**ENV, **env}, stdin=subprocess.DEVNULL,
@@ -108,6 +108,8 @@ class Run:
     def kill(self):
         for p in [self.popen] if self.popen else self.forks:
             p.kill()
+        for pid in filter(alive, self.orphans):
+            os.kill(pid, signal.SIGKILL)
 
     def log(self):
         path = self.folder / "log.jsonl"
@@ -405,6 +407,7 @@ BAD = {  # name: (arguments, status, what the line must name[, how the working d
     "word_for_number": (["--lr=fast"], 2, ["lr", "fast"]),
     "fraction": (["--n_layer=2.5"], 2, ["n_layer", "2.5"]),
     "infinite": (["--lr=1e999"], 2, ["lr", "inf"]),
+    "overflowing": (["--lr=1e300"], 2, ["lr", "1e+300"]),
     "nan_beta": (["c.py"], 2, ["beta"], "betas = float('nan'), 0.9"),
     "bool": (["--resume=maybe"], 2, ["resume", "maybe"]),
     "int_for_bool": (["--resume=2"], 2, ["resume", "2"]),
@@ -439,7 +442,6 @@ BAD = {  # name: (arguments, status, what the line must name[, how the working d
     "device_meta": (["--device=meta"], 2, ["device", "meta"]),
     "too_wide": (["--n_embd=1e9"], (1, 2), []),
     "many_sequences": (["--total_batch_tokens=64e12", "--batch_size=7"], 2, ["batch_size"]),
-    "too_large_batch": (["--batch_size=1e9", "--total_batch_tokens=64e9"], (1, 2), []),
     "data_missing": (["--data_dir=nope"], 2, ["nope"]),
     "data_missing_stdlib": (["--data_dir=./data2/stdlib"], 2, ["data2/stdlib"]),
     "data_is_a_file": (["--data_dir=data/meta.json"], 2, ["data/meta.json"]),
@@ -476,7 +478,7 @@ def test_bad_input(cwd, data, case):
 
 def test_bad_input_under_torchrun(cwd):
     """The line comes out, once, although torchrun ends all processes as soon as the first one, here rank 1, fails."""
-    (cwd / "c.py").write_text("__import__('time').sleep(2 * (__import__('os').environ['RANK'] == '0'))\nlrr = 1\n")
+    (cwd / "c.py").write_text("__import__('time').sleep(4 * (__import__('os').environ['RANK'] == '0'))\nlrr = 1\n")
     run = Run(cwd, "c.py", command=torchrun(2), plain=True).wait(1)
     assert re.findall(r"^train.py: .*", run.err, re.M) == ["train.py: c.py: unknown knob 'lrr'; did you mean 'lr'?"], run.err
 
@@ -549,19 +551,20 @@ def test_what_changes_nothing_but_rounding(cwd, reference, background, knobs):
     assert_same(run.checkpoint(), like.checkpoint(), 2e-5)
 
 
-N, W, LR = 120, 10, 0.01
-SCHEDULED = {  # lr at step t > W, by the formula
-    "constant": lambda t: LR, "linear": lambda t: LR * (N - t) / (N - W), "wsd": lambda t: LR * min(1, (N - t) / 24),
-    "cosine": lambda t: LR * (0.1 + 0.45 * (1 + math.cos(math.pi * (t - W) / (N - W))))}
+N, W = 120, 10
+SCHEDULED = {  # the part of lr at step t > W
+    "constant": lambda t: 1, "linear": lambda t: (N - t) / (N - W), "wsd": lambda t: min(1, (N - t) / 24),
+    "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * (t - W) / (N - W)))}
 
 
-@pytest.mark.parametrize("optimizer, schedule", [("sf_normuon", "constant"), ("sf_adamw", "constant"), ("adamw", "cosine"),
-                                                 ("normuon", "linear"), ("muon", "wsd")])
-def test_optimizers(cwd, place, tokens, optimizer, schedule):
-    """Each learns more than the frequencies of the bytes, on a schedule that ends where it should, stopped and resumed
-    on another number of processes on the way."""
-    knobs = dict(optimizer=optimizer, schedule=schedule, max_tokens=N * BATCH, warmup_steps=W, lr=LR, eval_interval=60,
-                 checkpoint_interval=20, batch_size=6)
+@pytest.mark.parametrize("optimizer, schedule, lr", [
+    ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.01), ("adamw", "cosine", 0.01), ("normuon", "linear", 0.03),
+    ("muon", "wsd", 0.03)])
+def test_optimizers(cwd, place, tokens, optimizer, schedule, lr):
+    """Each learns more than the frequencies of the bytes, on a schedule that ends where it should; killed on two
+    processes and resumed on one, it goes the same way."""
+    knobs = dict(optimizer=optimizer, schedule=schedule, max_tokens=N * BATCH, warmup_steps=W, lr=lr, adam_lr=0.01,
+                 n_embd=48, eval_interval=60, checkpoint_interval=20, batch_size=6)
     whole, part = Run(cwd, **knobs), Run(place(optimizer), processes=2, **knobs)
     wait_for(lambda: part.step() > 22, "step 22", kill=part)
     part.kill()
@@ -569,14 +572,13 @@ def test_optimizers(cwd, place, tokens, optimizer, schedule):
     whole.wait()
     assert (part.folder / "ckpt.pt").exists() and part.step() < N
     part = Run(part.cwd, **knobs).wait()
-    for t, lr in whole.values("lr").items():
-        assert lr == pytest.approx(LR * t / W if t <= W else SCHEDULED[schedule](t)), t
+    for t, value in whole.values("lr").items():
+        assert value == pytest.approx(lr * (t / W if t <= W else SCHEDULED[schedule](t))), t
     frequencies = np.bincount(tokens[5000:]) / len(tokens[5000:])
     entropy = -sum(f * math.log(f) for f in frequencies if f)
-    assert whole.values("val_loss")[N] < entropy - 0.02
-    # torch's Muon orthogonalizes in bfloat16, so that its rounding shows
-    assert part.values("loss") == pytest.approx(whole.values("loss"), abs=0.1 if optimizer == "muon" else 2e-4)
-    assert_same(part.checkpoint(), whole.checkpoint(), 0.1 if optimizer == "muon" else 5e-3, ["model", "step"])
+    assert whole.values("val_loss")[N] < entropy - 0.1
+    rounding = 0.05 if optimizer == "muon" else 1e-3  # torch's computes in bfloat16
+    assert part.values("loss") == pytest.approx(whole.values("loss"), abs=rounding)
 
 
 def test_grad_clip(cwd, place):
@@ -586,6 +588,10 @@ def test_grad_clip(cwd, place):
     small, none = [run.wait().values("val_loss") for run in runs]
     assert abs(small[12] - small[4]) < 1e-3 and none[12] < none[4] - 0.1  # below eps, AdamW stands still
     assert runs[0].values("grad_norm")[1] == pytest.approx(runs[1].values("grad_norm")[1]) and runs[0].values("grad_norm")[1] > 0.1
+
+
+def test_out_of_memory(cwd):
+    Run(cwd, batch_size=10**9, total_batch_tokens=64 * 10**9, max_tokens=0).wait(1).complaint("out of memory", "batch_size")
 
 
 def test_last_step_not_finite(cwd):
@@ -692,7 +698,8 @@ def test_kill_torchrun(cwd, place, kills):
         time.sleep(rng.random() * 0.1)
         os.kill(run.pid if i % 2 == 0 else rng.choice(workers), signal.SIGKILL)
         if i % 2 == 0:
-            wait_for(lambda: not any(map(alive, workers)), "the orphans", 5)
+            run.orphans = workers
+            wait_for(lambda: not any(map(alive, workers)), "the orphans", 5, kill=run)
         run.wait((-9, 1))
         assert not any(map(alive, workers))
         assert 'train.py", line' not in run.err, run.err
@@ -708,7 +715,8 @@ def test_early_end(cwd):
     time.sleep(0.5)
     os.kill(run.pid, signal.SIGKILL)
     run.wait(-9)
-    wait_for(lambda: not any(map(alive, workers)), "the orphans", 40)
+    run.orphans = workers
+    wait_for(lambda: not any(map(alive, workers)), "the orphans", 30, kill=run)
     assert not (cwd / "run").exists()
     run = Run(cwd, command=[sys.executable], max_tokens=0)
     wait_for(lambda: "torch" in Path(f"/proc/{run.pid}/maps").read_text(), "torch", kill=run)
@@ -797,7 +805,7 @@ def test_data_made_anew(cwd, reference, tokens):
 
 # ---------------------------------------------------------------- failures on the way
 
-@pytest.mark.parametrize("lr", [1e12, 1e30, 1e300])
+@pytest.mark.parametrize("lr", [1e12, 1e30])
 def test_not_finite(cwd, lr):
     """The run stops at the step whose loss is not finite, and no checkpoint with such weights is left."""
     run = Run(cwd, lr=lr, grad_clip=0, warmup_steps=0, optimizer="sf_adamw", checkpoint_interval=1).wait((1, 2))

@@ -149,8 +149,8 @@ def parse(argv: list[str]) -> Config:
 
 
 def convert(where: str, key: str, value, kind: type):
-    def number(v):
-        return type(v) in (int, float) and math.isfinite(v)
+    def number(v):  # that fits into float32
+        return type(v) in (int, float) and abs(v) < 3.4e38
 
     if kind in (bool, str) and type(value) is kind:
         return value
@@ -586,7 +586,8 @@ if __name__ == "__main__":
         else:
             raise
     if message:
-        tqdm.write(f"train.py: {message}", file=sys.stderr)
+        lead = "\n" * (RANK > 0)  # the first process's progress bar may be on the line
+        tqdm.write(f"{lead}train.py: {message}", file=sys.stderr)
         sys.stderr.flush()
     if dist.is_initialized():
         if status:
