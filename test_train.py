@@ -76,7 +76,7 @@ class Run:
         argv = [*argv, *(f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in knobs.items())]
         for name in ("stdout", "stderr"):
             (cwd / name).unlink(missing_ok=True)
-        self.popen, self.forks, self.orphans = None, [], []
+        self.popen, self.forks = None, []
         if command:
             files = [open(cwd / name, "a") for name in ("stdout", "stderr")]
             self.popen = subprocess.Popen([*command, TRAIN, *argv], cwd=cwd, env={**ENV, **env}, stdin=subprocess.DEVNULL,
@@ -108,8 +108,6 @@ class Run:
     def kill(self):
         for p in [self.popen] if self.popen else self.forks:
             p.kill()
-        for pid in filter(alive, self.orphans):
-            os.kill(pid, signal.SIGKILL)
 
     def log(self):
         path = self.folder / "log.jsonl"
@@ -141,10 +139,12 @@ def torchrun(n):
 def wait_for(condition, what, seconds=HANG, kill=None):
     deadline = time.monotonic() + seconds
     while not condition():
-        if time.monotonic() > deadline:
+        ended = kill and not kill.running() and not condition()
+        if ended or time.monotonic() > deadline:
             if kill:
                 kill.kill()
-            pytest.fail(f"waited {seconds} s for {what}")
+                what += f"; {[p.exitcode for p in kill.forks]}, stderr: {(kill.cwd / 'stderr').read_text()[-2000:]}"
+            pytest.fail(f"{'it ended' if ended else f'{seconds} s were not enough'}, waiting for {what}")
         time.sleep(0.02)
 
 
@@ -164,6 +164,14 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def wait_for_end(pids, seconds):
+    try:
+        wait_for(lambda: not any(map(alive, pids)), "the end of orphans", seconds)
+    finally:
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 def flat(value, path=""):
@@ -561,24 +569,29 @@ SCHEDULED = {  # the part of lr at step t > W
     ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.01), ("adamw", "cosine", 0.01), ("normuon", "linear", 0.03),
     ("muon", "wsd", 0.03)])
 def test_optimizers(cwd, place, tokens, optimizer, schedule, lr):
-    """Each learns more than the frequencies of the bytes, on a schedule that ends where it should; killed on two
-    processes and resumed on one, it goes the same way."""
+    """Each learns more than the frequencies of the bytes, on a schedule that ends where it should, killed and resumed
+    without a trace, and the same on two processes."""
     knobs = dict(optimizer=optimizer, schedule=schedule, max_tokens=N * BATCH, warmup_steps=W, lr=lr, adam_lr=0.01,
                  n_embd=48, eval_interval=60, checkpoint_interval=20, batch_size=6)
-    whole, part = Run(cwd, **knobs), Run(place(optimizer), processes=2, **knobs)
-    wait_for(lambda: part.step() > 22, "step 22", kill=part)
-    part.kill()
-    part.wait(None)
+    whole, part, two = Run(cwd, **knobs), Run(place("part"), **knobs), Run(place("two"), processes=2, **knobs)
+    for run, step in ((part, 22), (two, 22)):
+        wait_for(lambda: run.step() > step, f"step {step}", kill=run)
+        run.kill()
+        run.wait(None)
+        assert (run.folder / "ckpt.pt").exists() and run.step() < N
+    early = two.values("loss")
+    part, two = Run(part.cwd, **knobs), Run(two.cwd, **knobs)
     whole.wait()
-    assert (part.folder / "ckpt.pt").exists() and part.step() < N
-    part = Run(part.cwd, **knobs).wait()
     for t, value in whole.values("lr").items():
         assert value == pytest.approx(lr * (t / W if t <= W else SCHEDULED[schedule](t))), t
     frequencies = np.bincount(tokens[5000:]) / len(tokens[5000:])
     entropy = -sum(f * math.log(f) for f in frequencies if f)
     assert whole.values("val_loss")[N] < entropy - 0.1
-    rounding = 0.05 if optimizer == "muon" else 1e-3  # torch's computes in bfloat16
-    assert part.values("loss") == pytest.approx(whole.values("loss"), abs=rounding)
+    assert_same(part.wait().checkpoint(), whole.checkpoint())
+    rounding = 0.03 if optimizer == "muon" else 2e-4  # torch's computes in bfloat16
+    late = two.wait().values("loss")  # from step 21 on by one process; rounding grows from step to step
+    for t in (*range(1, 11), 21, 22):
+        assert (early if t < 20 else late)[t] == pytest.approx(whole.values("loss")[t], abs=rounding * (1 if t < 20 else 10)), t
 
 
 def test_grad_clip(cwd, place):
@@ -698,8 +711,7 @@ def test_kill_torchrun(cwd, place, kills):
         time.sleep(rng.random() * 0.1)
         os.kill(run.pid if i % 2 == 0 else rng.choice(workers), signal.SIGKILL)
         if i % 2 == 0:
-            run.orphans = workers
-            wait_for(lambda: not any(map(alive, workers)), "the orphans", 5, kill=run)
+            wait_for_end(workers, 5)
         run.wait((-9, 1))
         assert not any(map(alive, workers))
         assert 'train.py", line' not in run.err, run.err
@@ -715,8 +727,7 @@ def test_early_end(cwd):
     time.sleep(0.5)
     os.kill(run.pid, signal.SIGKILL)
     run.wait(-9)
-    run.orphans = workers
-    wait_for(lambda: not any(map(alive, workers)), "the orphans", 30, kill=run)
+    wait_for_end(workers, 30)
     assert not (cwd / "run").exists()
     run = Run(cwd, command=[sys.executable], max_tokens=0)
     wait_for(lambda: "torch" in Path(f"/proc/{run.pid}/maps").read_text(), "torch", kill=run)
@@ -889,7 +900,8 @@ def test_small_disk(cwd, small_disk, reference):
 
 def test_quickstart(tmp_path):
     """From nothing to a sample; two at once make the data together; any other folder must be there."""
-    argv = [str(REPO / "configs/quickstart.py"), "--max_tokens=24576", "--eval_tokens=2048", "--n_layer=1"]
+    argv = [str(REPO / "configs/quickstart.py"), "--n_layer=1", "--block_size=128", "--batch_size=6", "--total_batch_tokens=1536",
+            "--max_tokens=6144", "--eval_tokens=2048"]
     runs = [Run(tmp_path, *argv, plain=True, out_dir="a", device="cpu"),
             Run(tmp_path, *argv, plain=True, processes=2, out_dir="b", device="cpu")]
     for run in runs:
