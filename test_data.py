@@ -343,10 +343,10 @@ def processes_of(session):
 def test_interrupted_and_started_again(tmp_path):
     documents = DOCUMENTS * 30
     files = write_corpus(tmp_path, documents)[:4]
-    command = ["--files", *files, "--tokenizer", "byte", "--shard-tokens", "1e5", "--processes", 2]
+    command = ["--files", *files, "--tokenizer", "byte", "--shard-tokens", "3e4", "--processes", 2]
     uninterrupted = start(*command, "--out", "whole/x", cwd=tmp_path)
     folder, expected, shards = tmp_path / "x", as_bytes(documents * 3 + LINES), 0
-    n = -(-len(expected) // 10**5)
+    n = -(-len(expected) // (3 * 10**4))
     for sign, enough in ((signal.SIGKILL, 1), (signal.SIGINT, n // 3), (signal.SIGTERM, n // 2), (signal.SIGKILL, n * 3 // 4)):
         process = start(*command, "--out", "x", cwd=tmp_path)
         while shards < enough and process.poll() is None:

@@ -746,6 +746,8 @@ def test_stop(cwd, place, number):
     os.kill(run.pid, number)
     step = run.wait().step()
     assert run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out and "goes on" in run.out
+    short = Run(place("short"), **{**knobs, "max_tokens": step * BATCH}).wait()  # saves an evaluated model
+    assert_same(run.checkpoint(), short.checkpoint(), 1e-5, ["model", "step"])
     end = dict(max_tokens=(step + 5) * BATCH, checkpoint_interval=10**6)
     run = Run(cwd, **end).wait()
     whole = Run(place("whole"), **end).wait()
