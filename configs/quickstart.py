@@ -1,12 +1,12 @@
-# A small byte-level model of Python source code: about two minutes on two CPU cores.
+# A small byte-level model of Python source code: a minute or two on two CPU cores.
 data_dir = "data/stdlib"  # made from the Python standard library's own source files when it is missing
 n_layer = 4
 n_head = 4
 n_embd = 64
 block_size = 128
-batch_size = 12  # 24 sequences a step, so that one process and two train it as it stands
-total_batch_tokens = 24 * 128
-max_tokens = 1000 * 24 * 128
+batch_size = 16  # 32 sequences a step, so that one process and two train it as it stands
+total_batch_tokens = 32 * 128
+max_tokens = 700 * 32 * 128
 lr = 0.03
 warmup_steps = 50
 compile = False
