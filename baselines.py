@@ -1,7 +1,7 @@
 """The rivals that torch does not ship, each as its authors give it, with the conventions of `SFNorMuon`."""
 import torch
 
-from sf_normuon import check_group, local, normuon_direction, same_shape
+from sf_normuon import adam_denominator, check_group, local, normuon_direction, same_shape
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -63,12 +63,7 @@ class NorMuon(torch.optim.Optimizer):
         m, v = (local([self.state[p][name] for p in params]) for name in ("exp_avg", "exp_avg_sq"))
         (beta1, beta2), t = group["betas"], group["step"]
         torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        denominator = torch._foreach_div(v, 1 - beta2**t)
-        torch._foreach_sqrt_(denominator)
-        torch._foreach_add_(denominator, group["eps"])
-        u = torch._foreach_div(m, denominator)
+        u = torch._foreach_div(m, adam_denominator(v, g, beta2, t, group["eps"]))
         torch._foreach_div_(u, 1 - beta1**t)
         return u
 

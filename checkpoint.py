@@ -28,23 +28,6 @@ def lock(folder: Path, patience: float = 15) -> None:
             time.sleep(0.2)
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls write(file) and puts what it wrote in the place of `path`, or raises OSError and leaves `path` as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch.save raises both
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {e}")
-
-
 def whole(tree, keep: bool):
     """The tree of tensors and plain values, with whole tensors on the CPU where `keep`, None for them elsewhere.
 

@@ -7,10 +7,29 @@ import json
 import os
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def write_atomically(path, write):
+    """Calls write(file) and puts what it wrote in the place of `path`, or raises OSError and leaves `path` as it was."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save raises both
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {e}")
 
 
 def write_shard(path, tokens):
@@ -25,12 +44,7 @@ def write_shard(path, tokens):
         raise ValueError(f"{path}: {tokens.size} tokens are too many for one shard")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    with open(f"{path}.tmp", "wb") as f:
-        f.write(header.data)
-        f.write(tokens.astype("<u2", copy=False).data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda file: file.writelines([header.data, tokens.astype("<u2", copy=False).data]))
 
 
 def shard_length(path):

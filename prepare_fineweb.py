@@ -28,7 +28,7 @@ from contextlib import closing
 import numpy as np
 from tqdm import tqdm
 
-from data import read_meta, read_shard, write_shard
+from data import read_meta, read_shard, write_atomically, write_shard
 
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}  # of datasets
 SUBSET_TOKENS = {"sample-10BT": 10.35e9, "sample-100BT": 103e9}  # of GPT-2, about: for the time left
@@ -150,11 +150,7 @@ def encode_batches(sources, position, tokenizer_name, processes):
 
 
 def write_json(path, value):
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def write_meta(out, tokenizer, train_tokens, val_tokens, **more):

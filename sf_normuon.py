@@ -18,6 +18,7 @@ y, between them, is where gradients are taken. A hidden weight matrix W of shape
 and every other parameter (embeddings, gains) through the same last three lines with a step of AdamW instead.
 Only two of the three are stored: the parameter holds y while training and x while evaluating, the state holds z.
 """
+import functools
 import math
 
 import torch
@@ -35,7 +36,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     """
     if G.numel() == 0:
         return G.clone()
-    iterate = _iterate_compiled if G.is_cuda else _iterate
+    iterate = _compiled() if G.is_cuda else _iterate
     X = G.to(dtype or _default_dtype(G))
     return iterate(X.reshape(-1, *G.shape[-2:]), steps).reshape(G.shape).to(G.dtype)
 
@@ -60,9 +61,12 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
     return X.mT if tall else X
 
 
-_iterate_compiled = torch.compile(_iterate, fullgraph=True, dynamic=False)
-# It compiles once for each shape, of which a model may have more than torch allows by default.
-torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+@functools.cache
+def _compiled():  # not when this file is imported, since it changes a setting of the whole process
+    compiled = torch.compile(_iterate, fullgraph=True, dynamic=False)
+    # It compiles once for each shape, of which a model may have more than torch allows by default.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return compiled
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
@@ -123,6 +127,16 @@ def normuon_direction(Ms: list[Tensor], vs: list[Tensor], beta2: float, eps: flo
         P = P / (torch.stack(vs).sqrt() + eps)
     norm = matrix_sum(P.square(), Ms[0]).sqrt()
     return P * (0.2 * math.sqrt(Ms[0].numel()) / norm.clamp(min=torch.finfo(P.dtype).tiny))
+
+
+def adam_denominator(v: list[Tensor], g: list[Tensor], beta2: float, t: int, eps: float) -> list[Tensor]:
+    """√(v / (1-β2ᵗ)) + ε, after v ← β2 v + (1-β2) g², in place, for step t = 1, 2, ... of each local tensor."""
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, g, g, 1 - beta2)
+    denominator = torch._foreach_div(v, 1 - beta2**t)
+    torch._foreach_sqrt_(denominator)
+    torch._foreach_add_(denominator, eps)
+    return denominator
 
 
 def check_group(group: dict) -> None:
@@ -254,12 +268,7 @@ class SFNorMuon(torch.optim.Optimizer):
 
     def _adamw_step(self, group, params, lr):
         g, v, beta2 = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq")), group["betas"][1]
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        denominator = torch._foreach_div(v, 1 - beta2 ** group["step"])
-        torch._foreach_sqrt_(denominator)
-        torch._foreach_add_(denominator, group["eps"])
-        step = torch._foreach_div(g, denominator)
+        step = torch._foreach_div(g, adam_denominator(v, g, beta2, group["step"], group["eps"]))
         torch._foreach_mul_(step, lr)
         return step
 

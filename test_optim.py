@@ -203,7 +203,7 @@ def test_compiled_newton_schulz_compiles_once_per_shape(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **kwargs | {"backend": "aot_eager"}))
     spec = importlib.util.spec_from_file_location("sf_normuon_compiled", sf_normuon.__file__)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    module._iterate = module._iterate_compiled  # on the CPU too
+    module._iterate = module._compiled()  # on the CPU too
     torch._dynamo.reset()
     graphs = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
     for seed in range(3):

@@ -39,8 +39,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from baselines import MuonAdamW, NorMuon
-from checkpoint import load, lock, restore, whole, write_atomically
-from data import TokenBatches, read_meta
+from checkpoint import load, lock, restore, whole
+from data import TokenBatches, read_meta, write_atomically
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
 from sf_normuon import SFNorMuon, local
@@ -202,8 +202,8 @@ def check(cfg: Config) -> None:
     sequences, rest = divmod(cfg.total_batch_tokens, cfg.block_size)
     share, uneven = divmod(sequences, WORLD_SIZE)
     if rest or uneven or share % cfg.batch_size:
-        what, whole = ("the number of processes", sequences) if uneven else ("batch_size", share)
-        fits = [n for n in range(1, min(whole, 1024) + 1) if whole % n == 0]
+        what, divided = ("the number of processes", sequences) if uneven else ("batch_size", share)
+        fits = [n for n in range(1, min(divided, 1024) + 1) if divided % n == 0]
         hint = "it must be a multiple of block_size" if rest else f"{what} can be {', '.join(map(str, fits))}"
         raise Failure(f"total_batch_tokens {cfg.total_batch_tokens} is not a multiple of batch_size {cfg.batch_size} * "
                       f"block_size {cfg.block_size} * {WORLD_SIZE} processes: {hint}", 2)
