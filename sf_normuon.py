@@ -149,10 +149,12 @@ def check_group(group: dict) -> None:
         raise ValueError(f"eps must not be negative, got {group['eps']}")
     if not (len(group["betas"]) == 2 and 0 <= group["betas"][1] < 1):
         raise ValueError(f"betas must be two numbers, the second one in [0, 1), got {group['betas']}")
-    if not 0 <= group["momentum"] < 1:
+    if not 0 <= group.get("momentum", 0) < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
-    if not (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1):
+    if not (isinstance(group.get("ns_steps", 1), int) and group.get("ns_steps", 1) >= 1):
         raise ValueError(f"ns_steps must be a whole number of at least 1, got {group['ns_steps']}")
+    if not group.get("warmup_steps", 0) >= 0:
+        raise ValueError(f"warmup_steps must not be negative, got {group['warmup_steps']}")
     for p in group["params"]:
         if p.is_complex() or p.layout != torch.strided:
             raise ValueError(f"parameters must be real and dense, got {p.dtype}, {p.layout} of shape {tuple(p.shape)}")
@@ -165,7 +167,51 @@ def check_group(group: dict) -> None:
             raise ValueError(f"matrices must be sharded by rows, Shard(0), got {p.placements}")
 
 
-class SFNorMuon(torch.optim.Optimizer):
+class ScheduleFree(torch.optim.Optimizer):
+    """What schedule-free optimizers share: the parameter holds y while training and x while evaluating, the state z.
+
+    Their groups have train_mode, step and warmup_steps.
+    """
+
+    def train(self) -> None:
+        """Makes the parameters y, where gradients are taken. In place, idempotent, not a collective."""
+        self._switch(True)
+
+    def eval(self) -> None:
+        """Makes the parameters x, the averaged weights, which are the model. In place, idempotent, not a collective."""
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, train_mode):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in self.state]
+            if group["train_mode"] != train_mode and params:
+                beta = self._beta(group)
+                weight = 1 - beta if train_mode else 1 - 1 / beta  # y = x + (1-β) (z-x), x = y + (1-1/β) (z-y)
+                torch._foreach_lerp_(local(params), local(self._states(params, "z")), weight)
+            group["train_mode"] = train_mode
+
+    def _beta(self, group) -> float:
+        """The β with which y was written last."""
+        return group["betas"][0]
+
+    def _begin(self, closure):
+        """What step() starts with: returns the closure's loss, or None."""
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError("step() in eval mode: call .train() before the forward pass of a training step")
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def _warmed_up_lr(self, group):
+        return float(group["lr"]) * min(1.0, group["step"] / max(1, group["warmup_steps"]))
+
+    def _states(self, params, name):
+        return [self.state[p][name] for p in params]
+
+
+class SFNorMuon(ScheduleFree):
     """Schedule-free NorMuon (arXiv:2605.23061, Algorithm 1). Needs no schedule and no horizon.
 
         opt = SFNorMuon([{"params": matrices}, {"params": rest, "use_muon": False}])
@@ -194,8 +240,6 @@ class SFNorMuon(torch.optim.Optimizer):
                  ns_steps=5, ns_dtype=None, decay_at="z", normalize_rows=True):
         if decay_at not in ("z", "y", "none"):
             raise ValueError(f'decay_at must be "z", "y" or "none", got {decay_at!r}')
-        if not warmup_steps >= 0:
-            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         super().__init__(params, dict(
             lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps, eps=eps,
             ns_steps=ns_steps, ns_dtype=ns_dtype, decay_at=decay_at, normalize_rows=normalize_rows, use_muon=True,
@@ -215,12 +259,7 @@ class SFNorMuon(torch.optim.Optimizer):
 
         Raises RuntimeError in eval mode, because the gradient must have been taken at y.
         """
-        if not all(group["train_mode"] for group in self.param_groups):
-            raise RuntimeError("step() in eval mode: call .train() before the forward pass of a training step")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._begin(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -249,12 +288,6 @@ class SFNorMuon(torch.optim.Optimizer):
         else:
             state["exp_avg_sq"] = torch.zeros_like(p)
 
-    def _warmed_up_lr(self, group):
-        return float(group["lr"]) * min(1.0, group["step"] / max(1, group["warmup_steps"]))
-
-    def _states(self, params, name):
-        return [self.state[p][name] for p in params]
-
     def _matrix_step(self, group, params, lr):
         Ms = self._states(params, "momentum_buffer")
         torch._foreach_lerp_(local(Ms), local([p.grad for p in params]), 1 - group["momentum"])
@@ -280,24 +313,6 @@ class SFNorMuon(torch.optim.Optimizer):
         torch._foreach_lerp_(y, z, c)  # y ← (1-c) y + c z - (1 - β1 (1-c)) u, with the old z
         torch._foreach_add_(y, u, alpha=-(1 - beta1 * (1 - c)))
         torch._foreach_sub_(z, u)
-
-    def train(self) -> None:
-        """Makes the parameters y, where gradients are taken. In place, idempotent, not a collective."""
-        self._switch(True)
-
-    def eval(self) -> None:
-        """Makes the parameters x, the averaged weights, which are the model. In place, idempotent, not a collective."""
-        self._switch(False)
-
-    @torch.no_grad()
-    def _switch(self, train_mode):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in self.state]
-            if group["train_mode"] != train_mode and params:
-                beta1 = group["betas"][0]
-                weight = 1 - beta1 if train_mode else 1 - 1 / beta1  # y = x + (1-β1) (z-x), x = y + (1-1/β1) (z-y)
-                torch._foreach_lerp_(local(params), local(self._states(params, "z")), weight)
-            group["train_mode"] = train_mode
 
     @torch.no_grad()
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:

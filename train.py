@@ -38,14 +38,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from baselines import MuonAdamW, NorMuon
+from baselines import AMUSE, MuonAdamW, NorMuon, ScheduleFreePlus
 from checkpoint import load, lock, restore, whole
 from data import TokenBatches, read_meta, write_atomically
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
 from sf_normuon import SFNorMuon, local
 
-OPTIMIZERS = ("sf_normuon", "sf_adamw", "adamw", "normuon", "muon")
+SCHEDULE_FREE = ("sf_normuon", "sf_adamw", "amuse", "schedulefree_plus")
+OPTIMIZERS = (*SCHEDULE_FREE, "adamw", "normuon", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 QUICKSTART_DATA = "data/stdlib"  # the only folder that is made when it is missing
@@ -80,13 +81,18 @@ class Config:
     lr: float = 0.008
     weight_decay: float = 0.05
     betas: tuple = (0.9, 0.95)
-    momentum: float = 0.8  # sf_normuon, normuon, muon
+    momentum: float = 0.8  # sf_normuon, normuon, muon, amuse
     warmup_steps: int = 2000
     schedule: str = "constant"  # one of SCHEDULES; the schedule-free optimizers want constant
     min_lr_ratio: float = 0.1  # where cosine ends, as a part of lr; linear and wsd end at 0
     decay_at: str = "z"  # sf_normuon, sf_adamw: z, y or none
     normalize_rows: bool = True  # sf_normuon, normuon
     ns_steps: int = 5  # Newton-Schulz iterations
+    rho: float = 0.8  # amuse: how fast the gradient moves from near z to x
+    averaging_power: float = 0.0  # amuse, schedulefree_plus: r of the average's weights, tʳ
+    averaging_start: int = 0  # schedulefree_plus: steps until the average starts
+    polyak_beta: float = 0.0  # schedulefree_plus: of the average of gradient norms
+    beta_anneal_steps: int = 0  # schedulefree_plus: steps over which β grows from 0.9 to 0.965
     adam_lr: float = 0.0  # of what is not a hidden matrix: embeddings and gains; 0: as lr
     adam_betas: tuple = (0.95, 0.99)  # of the same, where the matrices are not AdamW's too
     adam_weight_decay: float = 0.05
@@ -172,7 +178,7 @@ def check(cfg: Config) -> None:
             raise Failure(f"{key} must be one of {', '.join(filter(None, known))}, got {getattr(cfg, key)!r}", 2)
     for key in ("betas", "adam_betas"):  # beta1 1 is only possible where it is not a decay but a place between z and x
         beta1, beta2 = getattr(cfg, key)
-        if not (0 <= beta1 <= 1 and 0 <= beta2 < 1) or beta1 == 1 and not cfg.optimizer.startswith("sf_"):
+        if not (0 <= beta1 <= 1 and 0 <= beta2 < 1) or beta1 == 1 and cfg.optimizer not in SCHEDULE_FREE:
             raise Failure(f"{key} must be in [0, 1), got {beta1}, {beta2}", 2)
     if cfg.ns_steps > 99:
         raise Failure(f"ns_steps must be below 100, got {cfg.ns_steps}", 2)
@@ -181,10 +187,10 @@ def check(cfg: Config) -> None:
         if getattr(cfg, key) < 1:
             raise Failure(f"{key} must be at least 1, got {getattr(cfg, key)}", 2)
     for key in ("lr", "weight_decay", "adam_lr", "adam_weight_decay", "min_lr_ratio", "grad_clip", "warmup_steps",
-                "max_tokens", "vocab_size", "seed"):
+                "max_tokens", "vocab_size", "seed", "rho", "averaging_power", "averaging_start", "beta_anneal_steps"):
         if getattr(cfg, key) < 0:
             raise Failure(f"{key} must not be negative, got {getattr(cfg, key)}", 2)
-    if cfg.optimizer.startswith("sf_") and cfg.schedule != "constant":
+    if cfg.optimizer in SCHEDULE_FREE and cfg.schedule != "constant":
         raise Failure(f"schedule must be constant for {cfg.optimizer}, got {cfg.schedule!r}: its average replaces one", 2)
     if cfg.schedule != "constant" and not cfg.max_tokens:
         raise Failure(f"max_tokens must be given: the {cfg.schedule} schedule needs to know the end", 2)
@@ -229,6 +235,13 @@ def build_optimizer(cfg: Config, model: GPT):
                 return SFNorMuon(groups, **spectral, **schedule_free, normalize_rows=cfg.normalize_rows)
             case "sf_adamw":
                 return SFNorMuon(all_adamw, **schedule_free)
+            case "amuse":
+                return AMUSE(groups, **spectral, warmup_steps=cfg.warmup_steps, rho=cfg.rho,
+                             averaging_power=cfg.averaging_power)
+            case "schedulefree_plus":
+                return ScheduleFreePlus(all_adamw, warmup_steps=cfg.warmup_steps, averaging_power=cfg.averaging_power,
+                                        averaging_start=cfg.averaging_start, polyak_beta=cfg.polyak_beta,
+                                        beta_anneal_steps=cfg.beta_anneal_steps)
             case "adamw":
                 return torch.optim.AdamW(all_adamw, fused=True)
             case "normuon":
@@ -388,8 +401,8 @@ def start_folder(cfg: Config, out_dir: Path, step: int) -> None:
 
 def report(cfg: Config, model: GPT, steps: int) -> str:
     total, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.hidden_matrices())
-    matrix_words = 3 if cfg.optimizer in ("normuon", "muon") else 4  # weight, gradient, state
-    memory = 4 * (matrix_words * hidden + 4 * (total - hidden)) / WORLD_SIZE
+    words = 5 if cfg.optimizer == "schedulefree_plus" else 4  # weight, gradient, state
+    memory = 4 * (words * total - hidden * (cfg.optimizer in ("normuon", "muon"))) / WORLD_SIZE
     device = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else cfg.device
     accumulation = cfg.total_batch_tokens // (cfg.batch_size * cfg.block_size * WORLD_SIZE)
     length = (f"{steps} steps, {steps * cfg.total_batch_tokens / (20 * total):.2f} times 20 tokens per parameter"
@@ -496,7 +509,7 @@ def main(argv: list[str]) -> None:
         if not schedule_free:  # those warm up by themselves
             for group, lr in zip(optimizer.param_groups, base_lrs):
                 group["lr"] = lr * factor
-        optimizer.step()
+        optimizer.step(lambda: loss)  # only schedulefree_plus asks
         model.zero_grad()
 
         seconds = time.perf_counter() - clock
