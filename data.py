@@ -71,8 +71,11 @@ def read_shard(path):
 def read_meta(data_dir):
     """What meta.json says about the tokens: at least tokenizer (str) and vocab_size (int).
 
-    Shards without a meta.json are taken as GPT-2's. ValueError if the file does not parse or lacks one of the two.
+    Shards without a meta.json are taken as GPT-2's. FileNotFoundError if there is no such folder, ValueError if the file
+    does not parse or lacks one of the two.
     """
+    if not os.path.isdir(data_dir):
+        raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import sf_normuon
-from baselines import NorMuon
+from baselines import AMUSE, NorMuon, ScheduleFreePlus
 from sf_normuon import SFNorMuon, newton_schulz
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -26,7 +26,18 @@ OTHERS = [(7,), (3, 4), (2, 3, 2), (1,)]
 SHAPES, GROUPS = MATRICES + OTHERS, (slice(4), slice(4, 7), slice(7, 11))  # one shape stands in two groups
 DEFAULTS = dict(lr=0.008, betas=(0.9, 0.95), momentum=0.8, weight_decay=0.05, warmup_steps=2000, eps=1e-8,
                 ns_steps=5, decay_at="z", normalize_rows=True)
+AMUSE_DEFAULTS = dict(lr=0.01, betas=(0.6, 0.999), momentum=0.95, weight_decay=0.05, warmup_steps=6000, rho=0.8,
+                      averaging_power=0.0, eps=1e-10, ns_steps=5)
+PLUS_DEFAULTS = dict(lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, averaging_power=0.0, averaging_start=0,
+                     polyak_beta=0.0, beta_anneal_steps=0, eps=1e-8)
 FAST = dict(lr=0.1, weight_decay=0.4, warmup_steps=5)  # every term of the update shows within a few steps
+PLUS_FAST = dict(lr=1.0, weight_decay=3.0, warmup_steps=5)
+# Every class with knobs all of which matter, warm-up and annealing over within a few steps.
+KNOBS = {SFNorMuon: FAST, AMUSE: FAST | {"warmup_steps": 2, "averaging_power": 1.0},
+         ScheduleFreePlus: PLUS_FAST | dict(warmup_steps=2, averaging_power=1.0, averaging_start=1, polyak_beta=0.9,
+                                            beta_anneal_steps=4)}
+every = pytest.mark.parametrize("cls", KNOBS, ids=lambda cls: cls.__name__)
+spectral = pytest.mark.parametrize("cls", [SFNorMuon, AMUSE], ids=lambda cls: cls.__name__)
 OVERRIDES = ({}, {"lr": 0.05, "betas": (0.8, 0.9), "momentum": 0.5, "weight_decay": 0.7, "eps": 1e-3},
              {"lr": 0.02, "betas": (0.7, 0.98), "weight_decay": 0.3, "eps": 1e-4})
 MISSING = {(1, 0), (2, 2), (3, 0), (3, 1), (3, 4), (5, 7), (6, 8), (9, 6)} | {(t, i) for t in range(4) for i in (5, 9)}
@@ -113,6 +124,83 @@ def normuon_step(params, grads, group):
         r.y = (1 - group["lr"] * group["weight_decay"]) * r.y - group["lr"] * d
 
 
+def amuse_step(params, grads, group):
+    """AMUSE, one step of a group, which counts t and W and keeps c0."""
+    if group["lr"] == 0:
+        return
+    (beta1, beta2), mu, T0 = group["betas"], group["momentum"], group["warmup_steps"]
+    t = group["t"] = group.get("t", 0) + 1
+    eta = group["lr"] * min(1, t / T0)
+    w = t ** group["averaging_power"] * eta**2
+    group["W"] = group.get("W", 0.0) + w
+    c, beta = w / group["W"], beta1
+    if t == T0:
+        group["c0"] = c
+    if t > T0:
+        S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
+        beta = 1 - S ** group["rho"] * (1 - beta1)
+    for r, g in zip(params, grads):
+        if g is None:
+            continue
+        g = g.double()
+        if group["use_muon"]:
+            r.M = mu * r.M + (1 - mu) * g
+            d = 0.2 * math.sqrt(max(g.shape)) * polar((1 - mu) * g + mu * r.M, group["ns_steps"])
+        else:
+            r.v = beta2 * r.v + (1 - beta2) * g * g
+            d = g / ((r.v / (1 - beta2**t)).sqrt() + group["eps"])
+        r.z = (1 - eta * group["weight_decay"]) * r.z - eta * d
+        r.x = (1 - c) * r.x + c * r.z
+        r.y = beta * r.x + (1 - beta) * r.z
+
+
+def polyak(params, grads, groups, loss):
+    """max(0, loss + I) / ê of ScheduleFree+, from lists of parameters and gradients for each group; the first keeps e."""
+    G = I = 0.0
+    for refs, gs, group in zip(params, grads, groups):
+        k, A = group.get("t", 0), group["beta_anneal_steps"]
+        group["beta"] = 1 - math.exp(math.log(0.1) + (math.log(0.035) - math.log(0.1)) * min(1, k / A)) if A else 0.9
+        for r, g in zip(refs, gs):
+            if g is not None and group["lr"] != 0:
+                G += g.double().abs().sum().item()
+                I += group["beta"] * (g.double() * (r.z - r.x)).sum().item()
+    if G + I == 0 and all(group["lr"] == 0 for group in groups):
+        return 0.0
+    first = groups[0]
+    beta_p = first["polyak_beta"]
+    first["e"] = beta_p * first.get("e", 0.0) + (1 - beta_p) * math.sqrt(math.pi / 2) * G
+    e_hat = first["e"] / (1 - beta_p ** (first.get("t", 0) + 1))
+    return max(0.0, loss + I) / e_hat if e_hat else 0.0
+
+
+def plus_step(params, grads, group):
+    """ScheduleFree+, one step of a group, which counts k and W; `polyak` is for all groups the same."""
+    if group["lr"] == 0:
+        return
+    (beta1, beta2), beta, k = group["betas"], group["beta"], group.get("t", 0)
+    group["t"] = k + 1
+    alpha = group["lr"] * min(1, (k + 1) / max(1, group["warmup_steps"])) * group["polyak"]
+    group["largest"] = max(group.get("largest", group["eps"]), alpha)
+    c = 1
+    if k >= group["averaging_start"]:
+        w = (k + 1) ** group["averaging_power"] * group["largest"] ** 2
+        group["W"] = group.get("W", 0.0) + w
+        c = w / group["W"]
+    for r, g in zip(params, grads):
+        if g is None:
+            continue
+        g = g.double()
+        r.z = r.z - alpha**2 * group["weight_decay"] * r.y
+        r.m = beta1 * r.m + (1 - beta1) * g
+        r.v = beta2 * r.v + (1 - beta2) * g * g
+        r.z = r.z - alpha * r.m / (1 - beta1 ** (k + 1)) / ((r.v / (1 - beta2 ** (k + 1))).sqrt() + group["eps"])
+        r.x = (1 - c) * r.x + c * r.z
+        r.y = beta * r.x + (1 - beta) * r.z
+
+
+REFERENCES = {SFNorMuon: (sf_step, DEFAULTS), AMUSE: (amuse_step, AMUSE_DEFAULTS), ScheduleFreePlus: (plus_step, PLUS_DEFAULTS)}
+
+
 # ---------------------------------------------------------------- tools
 
 
@@ -135,10 +223,10 @@ def make(weights, cls=SFNorMuon, overrides=({}, {}, {}), **options):
     return params, cls(groups, **options)
 
 
-def step(opt, params, grads):
+def step(opt, params, grads, loss=60.0):  # 60 keeps Polyak's step above 0
     for p, g in zip(params, grads, strict=True):
         p.grad = None if g is None else g.clone()
-    opt.step()
+    opt.step(lambda: loss)
 
 
 def close(actual, expected, tol=1e-11):
@@ -226,26 +314,33 @@ CASES = {
 }
 
 
-def run_both(options, overrides=({}, {}, {}), factors=(1.0,), missing=(), dtype=F64, tol=1e-11):
-    """The optimizer beside its reference for 12 steps: y in train mode, z in the state, x in eval mode."""
-    weights, grads = draw(SHAPES, 12, dtype)
-    params, opt = make(weights, SFNorMuon, overrides, **options, ns_dtype=dtype)
+def run_both(options, overrides=({}, {}, {}), factors=(1.0,), missing=(), dtype=F64, tol=1e-11, cls=SFNorMuon, losses=[60.0] * 12):
+    """The optimizer beside its reference, a step for each loss: y in train mode, z in the state, x in eval mode.
+
+    Without a loss, all gradients of the step are zero."""
+    reference, defaults = REFERENCES[cls]
+    weights, grads = draw(SHAPES, len(losses), dtype)
+    params, opt = make(weights, cls, overrides, **options, **{} if cls is ScheduleFreePlus else {"ns_dtype": dtype})
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: factors[t % len(factors)])
     refs = [start(w) for w in weights]
-    adamw = {} if "betas" in options else {"betas": (0.95, 0.99)}
-    groups = [DEFAULTS | options | defaults | override | {"use_muon": i < 2}
-              for i, (defaults, override) in enumerate(zip(({}, {}, adamw), overrides))]
+    adamw = {} if "betas" in options or cls is not SFNorMuon else {"betas": (0.95, 0.99)}
+    groups = [defaults | options | own | override | {"use_muon": i < 2}
+              for i, (own, override) in enumerate(zip(({}, {}, adamw), overrides))]
     lrs = [group["lr"] for group in groups]
-    for t in range(12):
-        gs = [None if (t, i) in missing else g for i, g in enumerate(grads[t])]
-        step(opt, params, gs)
+    for t, loss in enumerate(losses):
+        gs = [None if (t, i) in missing else g if loss else 0 * g for i, g in enumerate(grads[t])]
+        step(opt, params, gs, loss or 60.0)
         scheduler.step()
-        for part, group, lr in zip(GROUPS, groups, lrs):
+        for group, lr in zip(groups, lrs):
             group["lr"] = lr * factors[t % len(factors)]
-            sf_step(refs[part], gs[part], group)
+        if cls is ScheduleFreePlus:
+            ratio = polyak([refs[part] for part in GROUPS], [gs[part] for part in GROUPS], groups, loss or 60.0)
+            groups = [group | {"polyak": ratio} for group in groups]
+        for part, group in zip(GROUPS, groups):
+            reference(refs[part], gs[part], group)
         close(params, [r.y for r in refs], tol)
         close([opt.state[p]["z"] if p in opt.state else p for p in params], [r.z for r in refs], tol)
-        if t in (0, 3, 11):
+        if t % 4 in (0, 3):
             opt.eval()
             close(params, [r.x for r in refs], tol)
             opt.train()
@@ -314,41 +409,50 @@ def test_steady_state():
     assert max(abs(b - a) / a for a, b in zip(rho, rho[1:])) < 0.01
 
 
-# ---------------------------------------------------------------- SFNorMuon: the contracts
+# ---------------------------------------------------------------- the contracts of the schedule-free optimizers
 
-BAD = [{"lr": -1.0}, {"lr": math.nan}, {"betas": (0.0, 0.95)}, {"betas": (1.1, 0.95)}, {"betas": (-0.1, 0.95)},
-       {"betas": (0.9, 1.0)}, {"betas": (0.9, -0.1)}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -0.1},
-       {"eps": -1e-8}, {"warmup_steps": -1}, {"ns_steps": -1}, {"decay_at": "x"}]
+BAD = [{"lr": -1.0}, {"lr": math.nan}, {"betas": (1.1, 0.95)}, {"betas": (-0.1, 0.95)}, {"betas": (0.9, 1.0)},
+       {"betas": (0.9, -0.1)}, {"weight_decay": -0.1}, {"eps": -1e-8}, {"warmup_steps": -1}]
+BAD_SPECTRAL = [*BAD, {"betas": (0.0, 0.95)}, {"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": -1}]
+BAD = {SFNorMuon: [*BAD_SPECTRAL, {"decay_at": "x"}],
+       AMUSE: [*BAD_SPECTRAL, {"warmup_steps": 1}, {"rho": -0.1}, {"averaging_power": -1.0}],
+       ScheduleFreePlus: [*BAD, {"betas": (1.0, 0.95)}, {"polyak_beta": 1.0}, {"polyak_beta": -0.1}, {"averaging_power": -1.0},
+                          {"averaging_start": -1}, {"beta_anneal_steps": -1}]}
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
-def test_values_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError):
-        SFNorMuon([nn.Parameter(torch.zeros(3, 2))], **bad)
+@pytest.mark.parametrize("cls, bad", [(cls, bad) for cls in BAD for bad in BAD[cls]], ids=lambda v: getattr(v, "__name__", str(v)))
+def test_values_out_of_range_are_refused(cls, bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=name.rstrip("s")):
+        cls([nn.Parameter(torch.zeros(3, 2))], **bad)
     if not bad.keys() & {"warmup_steps", "ns_steps", "decay_at"}:  # what a group may override
-        with pytest.raises(ValueError):
-            SFNorMuon([{"params": [nn.Parameter(torch.zeros(3, 2))], **bad}])
+        with pytest.raises(ValueError, match=name.rstrip("s")):
+            cls([{"params": [nn.Parameter(torch.zeros(3, 2))], **bad}])
 
 
+@spectral
 @pytest.mark.parametrize("shape", [(), (17,), (13, 11, 17)], ids=str)
-def test_only_matrices_take_the_matrix_step(shape):
+def test_only_matrices_take_the_matrix_step(cls, shape):
     p = nn.Parameter(torch.zeros(shape))
     with pytest.raises(ValueError, match=", ".join(map(str, shape)) or r"\(\)|\[\]"):
-        SFNorMuon([p])
-    SFNorMuon([{"params": [p], "use_muon": False}])
+        cls([p])
+    for other in (cls, ScheduleFreePlus):
+        other([{"params": [p], "use_muon": False}])
 
 
+@every
 @pytest.mark.parametrize("use_muon", [True, False])
-def test_complex_and_sparse_parameters_are_refused(use_muon):
+def test_complex_and_sparse_parameters_are_refused(cls, use_muon):
     for bad in (torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3, 2).to_sparse()):
-        with pytest.raises(ValueError):
-            SFNorMuon([{"params": [nn.Parameter(bad)], "use_muon": use_muon}])
+        with pytest.raises(ValueError, match="real and dense"):
+            cls([{"params": [nn.Parameter(bad)], "use_muon": use_muon}])
 
 
-def test_train_and_eval():
+@every
+def test_train_and_eval(cls):
     """Train mode at the start; both idempotent and in place; no step in eval mode."""
     weights, grads = draw(SHAPES, 4)
-    params, opt = make(weights, **FAST)
+    params, opt = make(weights, cls, **KNOBS[cls])
     pointers = [p.data_ptr() for p in params]
     opt.eval(), opt.train()
     same(params, weights)
@@ -370,37 +474,45 @@ def test_train_and_eval():
     assert pointers == [p.data_ptr() for p in params] and all(p.is_leaf and p.requires_grad for p in params)
 
 
-def test_lr_0_moves_nothing_and_is_not_counted():
-    """Before the first step, between two, and in one group alone."""
+@every
+def test_lr_0_moves_nothing_and_is_not_counted(cls):
+    """Before the first step, between two, and in one group alone. It needs no closure."""
     weights, grads = draw(SHAPES, 6)
-    (a, opt_a), (b, opt_b) = make(weights, **FAST), make(weights, **FAST)
+    (a, opt_a), (b, opt_b) = (make(weights, cls, **KNOBS[cls]) for _ in range(2))
     for t in range(3):
-        for lr, g in ((0.0, grads[t + 3]), (FAST["lr"], grads[t])):
+        for lr, g in ((0.0, grads[t + 3]), (KNOBS[cls]["lr"], grads[t])):
             for group in opt_b.param_groups:
                 group["lr"] = lr
             before = copies(b)
             step(opt_b, b, g)
+            if lr == 0:
+                opt_b.step()
             assert (lr == 0) == all(torch.equal(p, old) for p, old in zip(b, before))
         step(opt_a, a, grads[t])
         same_run(a, opt_a, b, opt_b)
     opt_a.param_groups[0]["lr"] = 0.0
     step(opt_a, a, grads[3]), step(opt_b, b, [None] * 4 + grads[3][4:])
-    opt_a.param_groups[0]["lr"] = FAST["lr"]
+    opt_a.param_groups[0]["lr"] = KNOBS[cls]["lr"]
     same_run(a, opt_a, b, opt_b)
 
 
-def test_state_is_what_the_contract_says_and_only_where_a_gradient_was():
+STATES = {  # beside z: of matrices, of the others
+    SFNorMuon: ({"momentum_buffer", "row_second_moment"}, {"exp_avg_sq"}), AMUSE: ({"momentum_buffer"}, {"exp_avg_sq"}),
+    ScheduleFreePlus: ({"exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq"})}
+
+
+@every
+def test_state_is_what_the_contract_says_and_only_where_a_gradient_was(cls):
     weights, grads = draw(SHAPES, 1)
-    params, opt = make(weights, **FAST)
+    params, opt = make(weights, cls, **KNOBS[cls])
     step(opt, params, [None if i in (1, 8) else g for i, g in enumerate(grads[0])])
     for i, (p, w) in enumerate(zip(params, weights)):
         if i in (1, 8):
             assert not opt.state.get(p) and torch.equal(p, w)
-        elif i < len(MATRICES):
-            assert set(opt.state[p]) == {"z", "momentum_buffer", "row_second_moment"}
-            assert opt.state[p]["row_second_moment"].shape == (p.shape[0], 1)
-        else:
-            assert set(opt.state[p]) == {"z", "exp_avg_sq"}
+            continue
+        assert set(opt.state[p]) == {"z"} | STATES[cls][i >= len(MATRICES)]
+        for name, value in opt.state[p].items():
+            assert value.shape == (p.shape if name != "row_second_moment" else (p.shape[0], 1))
     assert len(opt.state_dict()["state"]) == len(params) - 2
 
 
@@ -419,18 +531,20 @@ def test_zero_gradients(options):
         assert all(math.isfinite(v) for d in opt.diagnostics().values() for v in d.values())
 
 
-def test_gradients_that_are_not_finite_raise_nothing():
+@every
+def test_gradients_that_are_not_finite_raise_nothing(cls):
     weights, grads = draw(SHAPES, 1)
     for value in (math.nan, math.inf):
-        params, opt = make(weights, **FAST)
+        params, opt = make(weights, cls, **KNOBS[cls])
         step(opt, params, [torch.full_like(g, value) for g in grads[0]])
 
 
+@spectral
 @pytest.mark.parametrize("momentum", [0.8, 0.0])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_bfloat16_newton_schulz_leaves_state_and_gradients_alone(dtype, momentum):
+def test_bfloat16_newton_schulz_leaves_state_and_gradients_alone(cls, dtype, momentum):
     weights, grads = draw(SHAPES, 1, dtype)
-    params, opt = make(weights, **FAST | {"momentum": momentum}, ns_dtype=BF16)
+    params, opt = make(weights, cls, **FAST | {"momentum": momentum}, ns_dtype=BF16)
     step(opt, params, grads[0])
     same([p.grad for p in params], grads[0])
     assert all(v.dtype == dtype and v.isfinite().all() for p in params for v in opt.state[p].values())
@@ -439,17 +553,22 @@ def test_bfloat16_newton_schulz_leaves_state_and_gradients_alone(dtype, momentum
     assert not {m.data_ptr() for m in M} & {p.grad.data_ptr() for p in params}
 
 
+OTHER = {SFNorMuon: dict(momentum=0.1, decay_at="none"), AMUSE: dict(momentum=0.1, rho=0.0),
+         ScheduleFreePlus: dict(polyak_beta=0.0, averaging_start=20, beta_anneal_steps=0)}
+
+
+@every
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_run_continued_from_a_state_dict_is_bitwise_the_same(mode):
+def test_a_run_continued_from_a_state_dict_is_bitwise_the_same(cls, mode):
     weights, grads = draw(SHAPES, 10)
-    params, opt = make(weights, SFNorMuon, OVERRIDES, **FAST)
+    params, opt = make(weights, cls, OVERRIDES, **KNOBS[cls])
     for t in range(4):
         step(opt, params, [None if (t, i) in MISSING else g for i, g in enumerate(grads[t])])
     getattr(opt, mode)()
     torch.save({"model": copies(params), "optimizer": opt.state_dict()}, file := io.BytesIO())
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    params_2, opt_2 = make(saved["model"], lr=1.0, momentum=0.1, decay_at="none", warmup_steps=0, eps=1.0)
+    params_2, opt_2 = make(saved["model"], cls, lr=0.7, warmup_steps=9, eps=1.0, **OTHER[cls])
     opt_2.load_state_dict(saved["optimizer"])
     if mode == "eval":
         with pytest.raises(RuntimeError, match=r"\.train\(\)"):
@@ -461,19 +580,28 @@ def test_a_run_continued_from_a_state_dict_is_bitwise_the_same(mode):
     same_run(params, opt, params_2, opt_2)
 
 
-def test_closure_has_gradients_and_its_loss_is_returned():
+@every
+def test_closure_has_gradients_and_its_loss_is_returned(cls):
     p = nn.Parameter(torch.ones(3, 2))
-    opt = SFNorMuon([p], **FAST)
+    opt = cls([p], **FAST)
 
     def closure():
         loss = (p * torch.arange(6.0).view(3, 2)).sum()
         loss.backward()  # raises where gradients are off
         return loss
 
-    assert opt.step(closure).item() == 15.0 and not torch.equal(p, torch.ones(3, 2)) and opt.step() is None
+    assert opt.step(closure).item() == 15.0 and not torch.equal(p, torch.ones(3, 2))
+    if cls is not ScheduleFreePlus:
+        assert opt.step() is None
+        return
+    before = copies([p, opt.state[p]["z"]]), copy.deepcopy(opt.param_groups[0])
+    with pytest.raises(ValueError, match="closure"):
+        opt.step()
+    same([p, opt.state[p]["z"]], before[0])
+    assert {**opt.param_groups[0], "params": 0} == {**before[1], "params": 0}
 
 
-@pytest.mark.parametrize("cls, knobs", [(SFNorMuon, FAST), (NorMuon, {})], ids=["SFNorMuon", "NorMuon"])
+@pytest.mark.parametrize("cls, knobs", [*KNOBS.items(), (NorMuon, {})], ids=lambda v: getattr(v, "__name__", ""))
 def test_torch_state_dict_helpers_disturb_nothing(cls, knobs):
     """On a fresh optimizer they begin with a step at lr 0 and zero gradients."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -536,6 +664,52 @@ def test_normuon_without_rows_is_muon_up_to_the_documented_scale(shape):
         assert (scale * u_ours - u_muon).norm() < 0.02 * u_muon.norm()
 
 
+# ---------------------------------------------------------------- AMUSE and ScheduleFree+: the mathematics
+
+RIVALS = {
+    "amuse": {}, "amuse fast": FAST, "amuse r 1": FAST | {"averaging_power": 1.0, "warmup_steps": 9},
+    "amuse T0 2": FAST | {"warmup_steps": 2, "rho": 0.3}, "amuse β1 1": FAST | {"betas": (1.0, 0.9), "eps": 1e-3},
+    "amuse no momentum": FAST | {"momentum": 0.0, "weight_decay": 0.0, "ns_steps": 3, "rho": 0.0},
+    "plus": {}, "plus fast": PLUS_FAST, "plus annealed": PLUS_FAST | {"beta_anneal_steps": 20},
+    "plus r 2": PLUS_FAST | {"averaging_power": 2.0}, "plus start": PLUS_FAST | {"averaging_start": 8, "averaging_power": 1.0},
+    "plus βp": PLUS_FAST | {"polyak_beta": 0.9}, "plus betas": PLUS_FAST | {"betas": (0.0, 0.8), "eps": 0.03},
+    "plus all": PLUS_FAST | {"beta_anneal_steps": 10, "averaging_power": 2.0, "averaging_start": 6, "polyak_beta": 0.9},
+}
+
+
+@pytest.mark.parametrize("overrides", [({}, {}, {}), OVERRIDES], ids=["", "overrides"])
+@pytest.mark.parametrize("still", [(), (0, 1)], ids=["", "still"])
+@pytest.mark.parametrize("case", RIVALS)
+def test_rivals(case, still, overrides):
+    """Past the end of warm-up and annealing; gradients are zero in two steps, or in the first; loss + I is once below 0."""
+    losses = [None if t in (7, 8, *still) else -1e4 if t == 12 else 60.0 + 20 * math.sin(t) for t in range(32)]
+    run_both(RIVALS[case], overrides, cls=AMUSE if "amuse" in case else ScheduleFreePlus, losses=losses, tol=1e-10)
+
+
+@pytest.mark.parametrize("cls, options", [(AMUSE, FAST | {"warmup_steps": 100}), (ScheduleFreePlus, PLUS_FAST | {"polyak_beta": 0.9})],
+                         ids=["AMUSE", "ScheduleFreePlus"])
+def test_rivals_with_overrides_a_schedule_and_missing_gradients(cls, options):
+    """While β stands still."""
+    run_both(options, OVERRIDES, (1.0, 0.5, 2.0, 0.0, 1.5), MISSING, cls=cls, losses=[60.0] * 32, tol=1e-10)
+
+
+@every
+def test_a_step_without_gradient_leaves_average_and_z(cls):
+    """Also where the step changes the β of the others."""
+    weights, grads = draw(SHAPES, 7)
+    params, opt = make(weights, cls, **KNOBS[cls])
+    for gs in grads[:4]:
+        step(opt, params, gs)
+    opt.eval()
+    x, z = copies(params), [opt.state[p]["z"].clone() for p in params]
+    opt.train()
+    for gs in grads[4:]:
+        step(opt, params, [None if i in (1, 8) else g for i, g in enumerate(gs)])
+    opt.eval()
+    close([params[1], params[8]], [x[1], x[8]], 1e-6)
+    same([opt.state[params[i]]["z"] for i in (1, 8)], [z[1], z[8]])
+
+
 # ---------------------------------------------------------------- many processes
 
 # 5 and 2 matrices of one shape, which neither 2 nor 3 processes divide; 5, 7, 8 and 11 rows, split unevenly; 1 and 2
@@ -570,8 +744,9 @@ def train_given(shard, cls, options):
     rest = [p for p in model.blocks.parameters() if p.ndim != 2] + [model.w0]  # the embedding has two dimensions
     opt = cls([{"params": hidden}, {"params": rest, "use_muon": False}], **{"lr": 0.02, "weight_decay": 0.4} | options)
     for t, gs in enumerate(grads):
-        model(split([None if (t, i) in missing else g for i, g in enumerate(gs)])).backward()
-        opt.step()
+        loss = model(split([None if (t, i) in missing else g for i, g in enumerate(gs)]))
+        loss.backward()
+        opt.step(lambda: 90 + loss)  # on every process the same, and so their mean
         opt.zero_grad()
     return list(model.parameters()), hidden, opt
 
@@ -586,7 +761,7 @@ def worker():
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     whole = lambda tensors: [t.full_tensor() for t in tensors]
     ablated = FAST | {"decay_at": "y", "normalize_rows": False}
-    for cls, options in ((SFNorMuon, FAST), (SFNorMuon, ablated), (NorMuon, {})):
+    for cls, options in (*KNOBS.items(), (SFNorMuon, ablated), (NorMuon, {})):
         params, hidden, opt = train_given(lambda module: None, cls, options)
         params_s, hidden_s, opt_s = train_given(lambda module: fully_shard(module, mesh=mesh), cls, options)
         close(whole(params_s), params, 1e-6)
@@ -597,6 +772,7 @@ def worker():
             found, found_s = opt.diagnostics(), opt_s.diagnostics()
             for p, q in zip(hidden, hidden_s, strict=True):
                 assert found_s[q] == pytest.approx(found[p], abs=1e-5)
+        if cls is not NorMuon:
             for mode in ("eval", "train"):
                 getattr(opt, mode)(), getattr(opt_s, mode)()
                 close(whole(params_s), params, 1e-6)

@@ -400,6 +400,13 @@ def test_knobs_reach_the_optimizer():
     assert (a["momentum"], a["ns_steps"], b["betas"]) == (0.25, 3, (0.5, 0.6))
     a, b = groups("--optimizer=adamw", "--betas=0.7,0.8")
     assert a["betas"] == b["betas"] == (0.7, 0.8)
+    knobs = dict(momentum=0.25, ns_steps=3, warmup_steps=7, rho=0.5, averaging_power=2.0, lr=0.5)
+    a, b = groups("--optimizer=amuse", *(f"--{k}={v}" for k, v in knobs.items()), "--adam_lr=0.125", "--adam_betas=0.5,0.6")
+    assert {k: a[k] for k in knobs} == knobs and a["use_muon"] and not b["use_muon"]
+    assert {**knobs, "lr": 0.125} == {k: b[k] for k in knobs} and b["betas"] == (0.5, 0.6) and a["betas"] == (0.9, 0.95)
+    knobs = dict(warmup_steps=7, averaging_power=2.0, averaging_start=9, polyak_beta=0.5, beta_anneal_steps=11, lr=0.5)
+    for g in groups("--optimizer=schedulefree_plus", *(f"--{k}={v}" for k, v in knobs.items()), "--betas=0.7,0.8"):
+        assert {k: g[k] for k in knobs} == knobs and g["betas"] == (0.7, 0.8)
 
 
 def bad_shard(header):
@@ -434,16 +441,22 @@ BAD = {  # name: (arguments, status, what the line must name[, how the working d
     "batch": (["--total_batch_tokens=1000"], 2, ["total_batch_tokens", "block_size"]),
     "batch_size": (["--batch_size=5"], 2, ["total_batch_tokens", "batch_size"]),
     "zero": (["--n_layer=0"], 2, ["n_layer"]),
-    **{key: ([f"--{key}=-0.5"], 2, [key, "-0.5"]) for key in ("lr", "adam_lr", "weight_decay", "grad_clip", "min_lr_ratio")},
+    **{key: ([f"--{key}=-0.5"], 2, [key, "-0.5"]) for key in ("lr", "adam_lr", "weight_decay", "grad_clip", "min_lr_ratio",
+                                                                     "rho", "averaging_power")},
+    **{key: ([f"--{key}=-1"], 2, [key, "-1"]) for key in ("averaging_start", "beta_anneal_steps")},
+    "amuse_warmup": (["--optimizer=amuse", "--warmup_steps=1"], 2, ["warmup_steps", "2"]),
+    "polyak_beta": (["--optimizer=schedulefree_plus", "--polyak_beta=1"], 2, ["polyak_beta", "1"]),
     "seed": (["--seed=-1"], 2, ["seed"]),
     "betas": (["--betas=1.5,0.9"], 2, ["beta"]),
     "momentum": (["--momentum=1"], 2, ["momentum"]),
     "adamw_betas": (["--optimizer=adamw", "--betas=0.9,1"], 2, ["beta"]),
     "muon_steps": (["--optimizer=muon", "--ns_steps=200"], 2, ["200"]),
-    "optimizer": (["--optimizer=adam"], 2, ["sf_normuon", "sf_adamw", "adamw", "normuon", "muon"]),
+    "optimizer": (["--optimizer=adam"], 2, ["sf_normuon", "sf_adamw", "adamw", "normuon", "muon", "amuse",
+                                                   "schedulefree_plus"]),
     "schedule": (["--schedule=cos", "--optimizer=adamw"], 2, ["constant", "cosine", "linear", "wsd"]),
     "no_horizon": (["--schedule=cosine", "--optimizer=adamw", "--max_tokens=0"], 2, ["max_tokens"]),
-    "sf_schedule": (["--schedule=cosine"], 2, ["schedule"]),
+    **{f"{name}_schedule": (["--schedule=cosine", f"--optimizer={name}"], 2, ["schedule", name])
+       for name in ("sf_normuon", "amuse", "schedulefree_plus")},
     "decay_at": (["--decay_at=x"], 2, ["decay_at"]),
     "dtype": (["--dtype=float16"], 2, ["dtype", "bfloat16"]),
     "device": (["--device=tpu9"], 2, ["device", "tpu9"]),
@@ -493,6 +506,13 @@ def test_bad_input_under_torchrun(cwd):
 
 # ---------------------------------------------------------------- runs
 
+def validation_loss(data, gpt, weights):
+    validation = TokenBatches(str(data), "val", 64, 320)
+    gpt.load_state_dict(weights)
+    with torch.no_grad():
+        return float(torch.stack([gpt(*validation.get([i])) for i in range(11)]).double().mean())
+
+
 def test_contract(reference, data):
     """config.json, log.jsonl and ckpt.pt hold what is promised, and the model in the checkpoint is the averaged one."""
     cfg = json.loads((reference.folder / "config.json").read_text())
@@ -513,13 +533,7 @@ def test_contract(reference, data):
     assert gpt.config.vocab_size == 320
     assert all(type(v) in (torch.Tensor, int, float, str, bool, type(None)) for v in flat(ckpt).values())
     assert {k: v.shape for k, v in ckpt["model"].items()} == {k: v.shape for k, v in gpt.state_dict().items()}
-    validation = TokenBatches(str(data), "val", 64, 320)
-
-    def loss(weights):
-        gpt.load_state_dict(weights)
-        with torch.no_grad():
-            return float(torch.stack([gpt(*validation.get([i])) for i in range(11)]).double().mean())
-
+    loss = lambda weights: validation_loss(data, gpt, weights)
     assert loss(ckpt["model"]) == pytest.approx(evals[2]["val_loss"], abs=1e-5)
     names, state = [n for n, p in gpt.named_parameters()], ckpt["optimizer"]["state"]
     order = [n for n in names if gpt.get_parameter(n).ndim == 2 and n != "wte.weight"]
@@ -565,14 +579,20 @@ SCHEDULED = {  # the part of lr at step t > W
     "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * (t - W) / (N - W)))}
 
 
+OWN = {  # what their state must carry over a resume
+    "amuse": dict(betas=(0.6, 0.99), adam_betas=(0.6, 0.99), averaging_power=1.0),
+    "schedulefree_plus": dict(betas=(0.3, 0.99), adam_lr=0.15, grad_clip=0, averaging_start=20, averaging_power=1.0, polyak_beta=0.9,
+                              beta_anneal_steps=50)}
+
+
 @pytest.mark.parametrize("optimizer, schedule, lr", [
     ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.01), ("adamw", "cosine", 0.01), ("normuon", "linear", 0.03),
-    ("muon", "wsd", 0.03)])
-def test_optimizers(cwd, place, tokens, optimizer, schedule, lr):
+    ("muon", "wsd", 0.03), ("amuse", "constant", 0.03), ("schedulefree_plus", "constant", 0.15)])
+def test_optimizers(cwd, place, data, tokens, optimizer, schedule, lr):
     """Each learns more than the frequencies of the bytes, on a schedule that ends where it should, killed and resumed
-    without a trace, and the same on two processes."""
+    without a trace, the same on two processes, and leaves the model that it evaluated."""
     knobs = dict(optimizer=optimizer, schedule=schedule, max_tokens=N * BATCH, warmup_steps=W, lr=lr, adam_lr=0.01,
-                 n_embd=48, eval_interval=60, checkpoint_interval=20, batch_size=6)
+                 n_embd=48, eval_interval=60, checkpoint_interval=20, batch_size=6) | OWN.get(optimizer, {})
     whole, part, two = Run(cwd, **knobs), Run(place("part"), **knobs), Run(place("two"), processes=2, **knobs)
     for run, step in ((part, 22), (two, 22)):
         wait_for(lambda: run.step() > step, f"step {step}", kill=run)
@@ -587,7 +607,12 @@ def test_optimizers(cwd, place, tokens, optimizer, schedule, lr):
     frequencies = np.bincount(tokens[5000:]) / len(tokens[5000:])
     entropy = -sum(f * math.log(f) for f in frequencies if f)
     assert whole.values("val_loss")[N] < entropy - 0.1
-    assert_same(part.wait().checkpoint(), whole.checkpoint())
+    ckpt = whole.checkpoint()
+    gpt = GPT(GPTConfig(**ckpt["model_config"]))
+    assert validation_loss(data, gpt, ckpt["model"]) == pytest.approx(whole.values("val_loss")[N], abs=1e-5)
+    if "beta" in ckpt["optimizer"].get("param_groups", [{}])[0]:
+        assert all(not g["train_mode"] and g["step"] == N and g["beta"] > 0.6 for g in ckpt["optimizer"]["param_groups"])
+    assert_same(part.wait().checkpoint(), ckpt)
     rounding = 0.03 if optimizer == "muon" else 2e-4  # torch's computes in bfloat16
     late = two.wait().values("loss")  # from step 21 on by one process; rounding grows from step to step
     for t in (*range(1, 11), 21, 22):

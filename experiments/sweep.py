@@ -11,10 +11,11 @@ A study is a file of plain Python assignments:
     optimizers    {name: its knobs}. lr is a number, or a list to choose from. `horizons` and `seeds` among the knobs are
                   this optimizer's own.
 
-What has a schedule is tuned and run for each horizon; what has none is run once to the longest and read at each, its rate
-chosen by the mean loss over the horizons. A grid whose best rate is at its edge grows by factors of 2. Runs are ordinary
-runs of train.py in runs/<study>/; when one has ended, its config.json and log.jsonl (with fewer training lines) go to
-experiments/results/<study>/runs/, and what is there is not run again. The same command goes on after any interruption.
+What has a schedule is tuned and run for each horizon, with a grid around the best rate of the horizon before; what has
+none is run once to the longest horizon and read at each, its rate chosen by the mean loss over them. A grid whose best
+rate is at its edge grows by factors of 2. Runs are ordinary runs of train.py in runs/<study>/; when one has ended, its
+config.json and log.jsonl (with fewer training lines) go to experiments/results/<study>/runs/, and what is there is not
+run again. The same command goes on after any interruption.
 """
 import argparse
 import ctypes
@@ -39,6 +40,7 @@ from checkpoint import lock
 from data import write_atomically
 
 TRAIN_LINES = 32  # kept of each run
+WIDENINGS = 6  # of a grid, at most: a loss that does not depend on the rate would widen it forever
 
 
 class Refused(Exception):
@@ -83,20 +85,25 @@ def remaining(study) -> list[tuple[str, dict]]:
     for name, knobs in study.optimizers.items():
         knobs = dict(knobs)
         horizons, seeds, rates = knobs.pop("horizons"), knobs.pop("seeds"), knobs.pop("lr")
-        scheduled = knobs.get("schedule", "constant") != "constant"
+        scheduled, grid = knobs.get("schedule", "constant") != "constant", rates
         for targets in [[h] for h in horizons] if scheduled else [horizons]:
             max_tokens = max(targets) * study.tokens
             title = f"{name}_{targets[0]}x" if scheduled else name
 
             def ask(rate, seed):
                 """The loss of this run, which is put on the list if it is not known yet."""
-                run = f"{title}_lr{rate:g}_seed{seed}" if rate else ""
+                tuning = "tune_" * (seed in study.tuning_seeds)  # compare.py leaves these out of its means
+                run = f"{tuning}{title}_lr{rate:g}_seed{seed}" if rate else ""
                 loss = loss_at(study, run, max_tokens, [h * study.tokens for h in targets]) if rate else None
                 if loss is None:
                     (ready if rate else later).append((run, {**knobs, "lr": rate, "seed": seed, "max_tokens": max_tokens}))
                 return loss
 
-            rate = rates if isinstance(rates, (int, float)) else choose(rates, lambda r: [ask(r, s) for s in study.tuning_seeds])
+            if isinstance(rates, (int, float)):
+                rate = rates
+            else:
+                rate = choose(grid, lambda r: [ask(r, seed) for seed in study.tuning_seeds])
+                grid = [rate / 2, rate, rate * 2] if rate else [None] * 3  # the next horizon starts from here
             for seed in seeds:
                 ask(rate, seed)
     return ready + later
@@ -108,7 +115,7 @@ def choose(rates, losses_of) -> float | None:
     while not any(None in ls for ls in losses.values()):
         best = min(losses, key=lambda rate: sum(losses[rate]))
         new = best / 2 if best == min(losses) else best * 2 if best == max(losses) else None
-        if new is None or math.isinf(sum(losses[best])):
+        if new is None or math.isinf(sum(losses[best])) or len(losses) == len(rates) + WIDENINGS:
             return best
         losses[new] = losses_of(new)
 

@@ -1,0 +1,17 @@
+"""The paper's ablations at the size of the small study, to 16x: decay at z, y and none (Fig. 2), momentum and row
+normalization (Fig. 3). Rates are those that the small study chose, one seed.
+"""
+import runpy
+from pathlib import Path
+
+small = runpy.run_path(str(Path(__file__).with_name("small.py")))
+base, tokens, tuning_seeds = small["base"], small["tokens"], ()
+horizons, seeds = (16,), (0,)
+
+sf_normuon = dict(optimizer="sf_normuon", lr=0.032)
+sf_adamw = dict(small["optimizers"]["sf_adamw"], lr=0.016)
+optimizers = {
+    **{f"{o['optimizer']}_decay_at_{place}": dict(o, decay_at=place) for o in (sf_normuon, sf_adamw) for place in ("z", "y", "none")},
+    "sf_normuon_momentum_0": dict(sf_normuon, momentum=0.0, horizons=(4,)),
+    "sf_normuon_no_rows": dict(sf_normuon, normalize_rows=False, horizons=(4,)),
+}
