@@ -346,6 +346,12 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
         axis.minorticks_off()
         axis.set_xlabel("training tokens")
 
+    def rate_axis(axis):
+        rates = sorted({x for line in axis.lines for x in line.get_xdata()})
+        axis.set(xscale="log", xlabel="learning rate")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 9 else 0)
+        axis.minorticks_off()
+
     main = [row for row in rows if row.main]
     anytime = [row for row in rows if not row.scheduled]
     scheduled = [row for row in rows if row.scheduled and row.main]
@@ -434,7 +440,8 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
             if h in s:
                 axis.plot(list(s[h]), list(s[h].values()), "o-", label=label, color=color.get(label))
                 values += s[h].values()
-        axis.set(xscale="log", xlabel="learning rate", ylabel=loss, title=f"after {show_tokens(h)}",
+        rate_axis(axis)
+        axis.set(ylabel=loss, title=f"after {show_tokens(h)}",
                  ylim=(min(values) * 0.98, min(max(values), min(values) * 1.35)))
         axis.legend()
         save(figure, "fig5_learning_rate")
@@ -446,7 +453,8 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
             axis.plot(list(losses), list(losses.values()), "o-", label=show_tokens(h))
             best = min(losses, key=losses.get)
             axis.plot(best, losses[best], "o", color=axis.lines[-1].get_color(), markersize=10)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=loss, title=f"{adamw.label}: the best rate of each length is marked")
+        rate_axis(axis)
+        axis.set(ylabel=loss, title=f"{adamw.label}: the best rate of each length is marked")
         axis.legend()
         save(figure, "fig6_adamw_sweep")
 

@@ -1,0 +1,95 @@
+"""Whether a run fits a card, found out without one: the model, its passes and a step of the optimizer are carried out on
+tensors that have shapes but no memory.
+
+    python experiments/memory.py configs/772m_sf.py --processes=8 --card=80
+    python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_head=64 --n_embd=8192 --batch_size=1
+
+Counted for one process, without what an allocator wastes, for blocks that are not compiled. Weights, gradients, state and
+the step's workspace are divided by the processes that share a copy of the model (--shard_size, or all). The passes take the
+activations of batch_size sequences, and the embedding and two blocks with their gradients, which then exist whole; they
+and the step come one after the other, so the larger one counts.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import train
+from model import GPT, GPTConfig
+
+def build(cfg: train.Config, n_layer: int) -> GPT:
+    model = GPT(GPTConfig(cfg.vocab_size or 50304, cfg.block_size, n_layer, cfg.n_head, cfg.n_embd))
+    train.wrap_blocks(cfg, model)
+    return model
+
+
+def size(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def peak(work, *owned) -> int:
+    """Bytes that `work` needs at its peak, beyond what a model and an optimizer own already."""
+    tracker = MemTracker()
+    tracker.track_external(*owned)
+    before = sum(size(p for p in o.parameters()) for o in owned if isinstance(o, torch.nn.Module))
+    with tracker:
+        work()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
+
+
+def activations(cfg: train.Config, n_layer: int) -> int:
+    model, idx = build(cfg, n_layer), torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long)
+
+    def work():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(idx, idx).backward()
+    return peak(work, model)
+
+
+def measure(cfg: train.Config, processes: int) -> dict[str, float]:
+    """Bytes on one process, by kind."""
+    with FakeTensorMode():
+        two, three = activations(cfg, 2), activations(cfg, 3)
+        model = build(cfg, cfg.n_layer)
+        optimizer = train.build_optimizer(cfg, model)
+        weights = size(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        state = size(t for s in optimizer.state.values() for t in s.values())
+        workspace = peak(optimizer.step, model, optimizer) - weights - state
+        whole = 2 * (size(model.wte.parameters()) + 2 * size(model.blocks[0].parameters())) if processes > 1 else 0
+    share = min(cfg.shard_size or processes, processes)
+    passes, step = two + (cfg.n_layer - 2) * (three - two) + whole, workspace / share
+    return {"weights": weights / share, "gradients": weights / share, "optimizer's state": state / share,
+            "forward and backward" if passes > step else "step of the optimizer": max(passes, step)}
+
+
+def main() -> None:
+    options = {"processes": 1, "card": 80.0}
+    rest = []
+    for argument in sys.argv[1:]:
+        key, _, value = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and key in options:
+            options[key] = type(options[key])(value)
+        else:
+            rest.append(argument)
+    try:
+        cfg = train.parse([*rest, "--device=cpu"])
+    except train.Failure as e:
+        print(f"memory.py: {e}", file=sys.stderr)
+        sys.exit(e.status)
+    cfg.compile = False
+    parts = measure(cfg, options["processes"])
+    for name, value in parts.items():
+        print(f"{name:24}{value / 1e9:10.2f} GB")
+    total = sum(parts.values()) / 1e9
+    print(f"{'all':24}{total:10.2f} GB: {'fits' if total < 0.95 * options['card'] else 'does not fit'} "
+          f"a card of {options['card']:g} GB (5% kept free)")
+
+
+if __name__ == "__main__":
+    main()
