@@ -75,7 +75,24 @@ class NorMuon(torch.optim.Optimizer):
         return u
 
 
-class AMUSE(ScheduleFree):
+class MovingBeta(ScheduleFree):
+    """What the two methods share whose β is not constant: groups hold the one that y was written with last."""
+
+    def _beta(self, group):
+        return group["beta"]
+
+    def _set_beta(self, group, beta, moving):
+        """Writes y anew with another β, but for the parameters that are about to move."""
+        moving = set(moving)
+        still = [p for p in group["params"] if p in self.state and p not in moving]
+        if still and beta != group["beta"]:
+            y, z = local(still), local(self._states(still, "z"))
+            torch._foreach_lerp_(y, z, 1 - 1 / group["beta"])  # x
+            torch._foreach_lerp_(y, z, 1 - beta)
+        group["beta"] = beta
+
+
+class AMUSE(MovingBeta):
     """AMUSE (arXiv:2605.22432): schedule-free Muon whose gradient moves from near z to x as the average slows down.
 
         M ← μ M + (1-μ) g,  P = polar((1-μ) g + μ M)                  Nesterov, no row normalization
@@ -93,10 +110,11 @@ class AMUSE(ScheduleFree):
         super().__init__(params, dict(
             lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps, rho=rho,
             averaging_power=averaging_power, eps=eps, ns_steps=ns_steps, ns_dtype=ns_dtype, use_muon=True,
-            step=0, weight_sum=0.0, c0=1.0, beta=None, train_mode=True))
+            step=0, weight_sum=0.0, c0=1.0, train_mode=True))
 
     def add_param_group(self, group):
         super().add_param_group(group)
+        group["beta"] = group["betas"][0]
         check_group(group)
         if not 0 < group["betas"][0] <= 1:
             raise ValueError(f"beta1 must be in (0, 1], got {group['betas'][0]}")
@@ -105,9 +123,6 @@ class AMUSE(ScheduleFree):
         for name in ("rho", "averaging_power"):
             if not group[name] >= 0:
                 raise ValueError(f"{name} must not be negative, got {group[name]}")
-
-    def _beta(self, group):
-        return group["betas"][0] if group["beta"] is None else group["beta"]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -130,8 +145,8 @@ class AMUSE(ScheduleFree):
                 group["c0"] = c
             else:
                 S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
-                beta = 1 - S ** group["rho"] * (1 - beta)
-            group["beta"] = beta
+                beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 only if lr is raised from outside
+            self._set_beta(group, beta, params)
             for bucket in same_shape(params) if group["use_muon"] else [params]:
                 u = self._matrix_step(group, bucket) if group["use_muon"] else self._adamw_step(group, bucket)
                 y, z = local(bucket), local(self._states(bucket, "z"))
@@ -151,7 +166,7 @@ class AMUSE(ScheduleFree):
         return torch._foreach_div(g, adam_denominator(v, g, group["betas"][1], group["step"], group["eps"]))
 
 
-class ScheduleFreePlus(ScheduleFree):
+class ScheduleFreePlus(MovingBeta):
     """ScheduleFree+ (arXiv:2605.19095): schedule-free AdamW that finds its rate by itself, as Polyak's step.
 
         G = Σ|g|,  I = β Σ⟨g, z-x⟩,  e ← βp e + (1-βp) √(π/2) G,  ê = e / (1 - βp^(k+1)),  k = 0, 1, ...
@@ -183,9 +198,6 @@ class ScheduleFreePlus(ScheduleFree):
             if not group[name] >= 0:
                 raise ValueError(f"{name} must not be negative, got {group[name]}")
 
-    def _beta(self, group):
-        return group["beta"]
-
     @torch.no_grad()
     def step(self, closure=None):
         loss = self._begin(closure)
@@ -204,14 +216,15 @@ class ScheduleFreePlus(ScheduleFree):
         polyak, gradient_sum = self._polyak(float(loss), moving)
         for group, params in moving:
             old_beta, beta, k = group["beta"], self._annealed_beta(group), group["step"]
-            group.update(step=k + 1, beta=beta, gradient_sum=gradient_sum)
+            self._set_beta(group, beta, params)
+            group.update(step=k + 1, gradient_sum=gradient_sum)
             lr = self._warmed_up_lr(group) * polyak
             group["largest_lr"] = max(group["largest_lr"], lr, group["eps"])
             c = 1.0
             if k >= group["averaging_start"]:
                 w = (k + 1) ** group["averaging_power"] * group["largest_lr"] ** 2
                 group["weight_sum"] += w
-                c = w / group["weight_sum"]
+                c = w / group["weight_sum"] if w else 1.0
             y, z, m, v = (local(ts) for ts in (params, *(self._states(params, n) for n in ("z", "exp_avg", "exp_avg_sq"))))
             g = local([p.grad for p in params])
             x = torch._foreach_lerp(y, z, 1 - 1 / old_beta)
@@ -236,7 +249,7 @@ class ScheduleFreePlus(ScheduleFree):
             inner = sum((a * b).sum() for a, b in zip(g, torch._foreach_sub(z, y)))
             I = I + self._annealed_beta(group) / group["beta"] * inner  # z - x = (z - y) / β, with the β that y was written with
         G, I = matrix_sum(torch.stack([G, I]).view(2, 1, 1), moving[0][1][0]).flatten().tolist()
-        group = moving[0][0]
+        group = max((group for group, _ in moving), key=lambda group: group["step"])
         e = group["polyak_beta"] * group["gradient_sum"] + (1 - group["polyak_beta"]) * G * math.sqrt(math.pi / 2)
         corrected = e / (1 - group["polyak_beta"] ** (group["step"] + 1))
         return (max(0.0, loss + I) / corrected if corrected > 0 else 0.0), e

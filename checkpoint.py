@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from data import write_atomically
 
 
 def lock(folder: Path, patience: float = 15) -> None:
@@ -28,16 +31,31 @@ def lock(folder: Path, patience: float = 15) -> None:
             time.sleep(0.2)
 
 
-def whole(tree, keep: bool):
-    """The tree of tensors and plain values, with whole tensors on the CPU where `keep`, None for them elsewhere.
+def save(path: Path, tree, first: bool) -> None:
+    """Writes nested dicts and lists of tensors and plain values as torch.save would, DTensors whole, one tensor after
+    another: no process ever holds more than one whole tensor. A collective; only the `first` process writes.
 
-    A collective if there are DTensors: all processes must call it.
+    Raises OSError there if it cannot, after every process has done its part; `path` is then as it was.
     """
-    def gather(value):
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        return (value.cpu() if keep else None) if isinstance(value, Tensor) else value
-    return tree_map(gather, tree)
+    def write(file):
+        with FakeTensorMode():  # tensors without memory: the file's layout first
+            layout = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v, tree)
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(layout, file)
+            file.flush()
+            layout = torch.load(file.name, weights_only=True)
+        places = [v.untyped_storage()._checkpoint_offset for v in tree_leaves(layout) if isinstance(v, Tensor)]
+        for offset, tensor in zip(places, tensors):
+            file.seek(offset)
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    tensors = (v.full_tensor() if isinstance(v, DTensor) else v for v in tree_leaves(tree) if isinstance(v, Tensor))
+    try:
+        if first:
+            write_atomically(path, write)
+    finally:
+        for _ in tensors:  # each one is a collective
+            pass
 
 
 def load(path: Path) -> dict:
@@ -53,9 +71,11 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
 
 
-def restore(saved: dict, model: nn.Module, optimizer) -> None:
+def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
     """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective."""
     model.load_state_dict({name: like(saved["model"][name], p) for name, p in model.state_dict().items()})
+    if optimizer is None:
+        return
     optimizer.load_state_dict(saved["optimizer"])
     for p, state in optimizer.state.items():
         for name, value in state.items():

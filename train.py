@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from baselines import AMUSE, MuonAdamW, NorMuon, ScheduleFreePlus
-from checkpoint import load, lock, restore, whole
+from checkpoint import load, lock, restore, save
 from data import TokenBatches, read_meta, write_atomically
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
@@ -64,7 +64,10 @@ class Config:
     dtype: str = ""  # of the products: float32 or bfloat16 (weights stay float32); "": bfloat16 on cuda, else float32
     compile: bool = torch.cuda.is_available()  # torch.compile each block
     activation_checkpointing: bool = False  # compute each block again in the backward pass: slower, far less memory
+    shard_size: int = 0  # processes that share one copy of the model, such as those of one node; 0: all of them
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False: start anew
+    change_data: bool = False  # go on with another data_dir than the checkpoint's, from its beginning
+    init_from: str = ""  # a checkpoint whose weights a new run starts from
     # the model
     n_layer: int = 12
     n_head: int = 12
@@ -105,7 +108,7 @@ class Config:
 
 # What may differ when a run is resumed; everything else belongs to its mathematics.
 FREE = {"out_dir", "max_tokens", "eval_interval", "log_interval", "checkpoint_interval", "batch_size", "device",
-        "compile", "activation_checkpointing", "resume"}
+        "compile", "activation_checkpointing", "shard_size", "resume", "change_data"}
 
 RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -187,7 +190,7 @@ def check(cfg: Config) -> None:
         if getattr(cfg, key) < 1:
             raise Failure(f"{key} must be at least 1, got {getattr(cfg, key)}", 2)
     for key in ("lr", "weight_decay", "adam_lr", "adam_weight_decay", "min_lr_ratio", "grad_clip", "warmup_steps",
-                "max_tokens", "vocab_size", "seed", "rho", "averaging_power", "averaging_start", "beta_anneal_steps"):
+                "max_tokens", "vocab_size", "seed", "shard_size", "rho", "averaging_power", "averaging_start", "beta_anneal_steps"):
         if getattr(cfg, key) < 0:
             raise Failure(f"{key} must not be negative, got {getattr(cfg, key)}", 2)
     if cfg.optimizer in SCHEDULE_FREE and cfg.schedule != "constant":
@@ -204,6 +207,8 @@ def check(cfg: Config) -> None:
             torch.cuda.set_device(LOCAL_RANK if WORLD_SIZE > 1 else torch.device(cfg.device))
         except RuntimeError as e:
             raise Failure(f"device {cfg.device!r}, process {LOCAL_RANK}: {e}", 2)
+    if cfg.shard_size and WORLD_SIZE % cfg.shard_size:
+        raise Failure(f"shard_size {cfg.shard_size} does not divide the {WORLD_SIZE} processes", 2)
     cfg.dtype = cfg.dtype or ("bfloat16" if device == "cuda" else "float32")
     sequences, rest = divmod(cfg.total_batch_tokens, cfg.block_size)
     share, uneven = divmod(sequences, WORLD_SIZE)
@@ -291,15 +296,25 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
         model = GPT(GPTConfig(vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(cfg.device)
     except ValueError as e:
         raise Failure(e, 2)
-    mesh = init_device_mesh(torch.device(cfg.device).type, (WORLD_SIZE,)) if WORLD_SIZE > 1 else None
+    shard_size = cfg.shard_size or WORLD_SIZE
+    mesh = init_device_mesh(torch.device(cfg.device).type, (WORLD_SIZE // shard_size, shard_size),
+                            mesh_dim_names=("replicate", "shard")) if WORLD_SIZE > 1 else None
+    if mesh and shard_size == WORLD_SIZE:
+        mesh = mesh["shard"]
+    wrap_blocks(cfg, model)
+    if mesh:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def wrap_blocks(cfg: Config, model: GPT) -> None:
     for block in model.blocks:  # only the forward function is compiled: names of parameters stay as they are
         if cfg.compile:
             block.forward = torch.compile(block.forward)
         if cfg.activation_checkpointing:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if mesh:
-            fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh) if mesh else model
 
 
 def get_batch(cfg: Config, data: TokenBatches, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,14 +349,18 @@ def evaluate(cfg: Config, model: GPT, data: TokenBatches, autocast) -> float:
 
 def on_first_process(function) -> None:
     """Calls it on the first process alone; if it fails there, all processes fail."""
+    on_every_process(function if RANK == 0 else lambda: None)
+
+
+def on_every_process(function) -> None:
+    """Calls it; if it fails on the first process, all processes fail."""
     failure = [None]
-    if RANK == 0:
-        try:
-            function()
-        except Failure as e:
-            failure = [e]
-        except OSError as e:
-            failure = [Failure(e)]
+    try:
+        function()
+    except Failure as e:
+        failure = [e]
+    except OSError as e:
+        failure = [Failure(e)]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(failure)
     if failure[0]:
@@ -366,18 +385,31 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
         raise Failure(f"{e}: put a copy in its place, or start anew with --resume=False")
     before = {**saved["config"], **saved["model_config"]}
     for key, value in {**asdict(cfg), **asdict(model.config)}.items():
-        if key not in FREE and before.get(key, value) != value:
-            raise Failure(f"{key} is {value!r}, but {path} was made with {before[key]!r}: go on with that, or start anew with "
-                          "--resume=False or in another --out_dir", 2)
+        if key in FREE or before.get(key, value) == value or key == "data_dir" and cfg.change_data:
+            continue
+        other = "go on with it with --change_data=True, " if key == "data_dir" else ""
+        raise Failure(f"{key} is {value!r}, but {path} was made with {before[key]!r}: go on with that, {other}or start anew "
+                      "with --resume=False or in another --out_dir", 2)
     return saved
 
 
-def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, train_time: float) -> None:
+def load_weights(cfg: Config, model: GPT) -> None:
+    try:
+        saved = load(Path(cfg.init_from))
+    except ValueError as e:
+        raise Failure(f"init_from: {e}", 2)
+    for key, value in asdict(model.config).items():
+        if saved["model_config"][key] != value and key != "block_size":
+            raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {saved['model_config'][key]!r}", 2)
+    restore(saved, model)
+
+
+def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, train_time: float, data_step: int) -> None:
     """The optimizer is in eval mode, so the model in the checkpoint is x."""
-    tensors = whole({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}, keep=RANK == 0)
-    content = {**tensors, "model_config": asdict(model.config), "config": asdict(cfg), "step": step,
-               "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time}
-    on_first_process(lambda: write_atomically(path, lambda file: torch.save(content, file)))
+    content = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "model_config": asdict(model.config),
+               "config": asdict(cfg), "step": step, "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time,
+               "data_step": data_step}
+    on_every_process(lambda: save(path, content, first=RANK == 0))
 
 
 def start_folder(cfg: Config, out_dir: Path, step: int) -> None:
@@ -458,10 +490,15 @@ def main(argv: list[str]) -> None:
     ckpt = out_dir / "ckpt.pt"
     on_first_process(lambda: lock(out_dir))
     saved, step, train_time = load_checkpoint(cfg, ckpt, model), 0, 0.0
+    data_step, old_data = 0, None  # the step before the first on this data_dir
     if saved:
         restore(saved, model, optimizer)
-        step, train_time = saved["step"], saved["train_time_s"]
+        step, train_time, data_step = saved["step"], saved["train_time_s"], saved.get("data_step", 0)
+        if saved["config"]["data_dir"] != cfg.data_dir:
+            data_step, old_data = step, saved["config"]["data_dir"]
         del saved
+    elif cfg.init_from:
+        load_weights(cfg, model)
     if steps and step >= steps:
         return say(f"{out_dir} is finished: {step} steps are in {ckpt}. More: --max_tokens=... Anew: --resume=False")
     on_first_process(lambda: start_folder(cfg, out_dir, step))
@@ -476,10 +513,13 @@ def main(argv: list[str]) -> None:
         optimizer.train()
     sequences = cfg.total_batch_tokens // cfg.block_size  # in a step, over all processes
     accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
+    copies = WORLD_SIZE // (cfg.shard_size or WORLD_SIZE)  # of the model, and so of each gradient
     flops, peak = model.flops_per_token(), peak_flops(cfg)
     log = open(out_dir / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
     bar = tqdm(total=steps * cfg.total_batch_tokens or None, initial=step * cfg.total_batch_tokens, unit="tok",
                unit_scale=True, disable=RANK > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
+    if old_data:
+        write(log, step=step + 1, tokens=step * cfg.total_batch_tokens, data_dir=cfg.data_dir, old_data_dir=old_data)
     first_step, logged_step, logged_time = step + 1, step, 0.0
     clock = time.perf_counter()
     while True:
@@ -487,14 +527,14 @@ def main(argv: list[str]) -> None:
         # One step: the gradient at y, over micro-batches and processes
         loss = torch.zeros((), device=cfg.device)
         for micro in range(accumulation):
-            first = (step - 1) * sequences + (micro * WORLD_SIZE + RANK) * cfg.batch_size
+            first = (step - 1 - data_step) * sequences + (micro * WORLD_SIZE + RANK) * cfg.batch_size
             x, y = get_batch(cfg, train_data, range(first, first + cfg.batch_size))
             with autocast:
                 micro_loss = model(x, y) / accumulation
             micro_loss.backward()  # processes are averaged by fully_shard
             loss += micro_loss.detach()
         grads = local([p.grad for p in params])
-        squares = torch.stack(torch._foreach_norm(grads)).square().sum()
+        squares = torch.stack(torch._foreach_norm(grads)).square().sum() / copies
         stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(bool(stop)), device=cfg.device)])
         if WORLD_SIZE > 1:
             dist.all_reduce(stats)
@@ -537,7 +577,7 @@ def main(argv: list[str]) -> None:
                 if RANK == 0:
                     tqdm.write(f"step {step}: validation loss {val_loss:.4f}, {train_time:.0f} s of training")
             if saving:
-                save_checkpoint(cfg, ckpt, model, optimizer, step, train_time)
+                save_checkpoint(cfg, ckpt, model, optimizer, step, train_time, data_step)
             if last or stopping:
                 break
             if schedule_free:
@@ -604,7 +644,10 @@ if __name__ == "__main__":
         tqdm.write(f"{lead}train.py: {message}", file=sys.stderr)
         sys.stderr.flush()
     if dist.is_initialized():
-        if status:
-            os._exit(status)  # without waiting for the others
-        dist.destroy_process_group()
+        gloo = dist.get_backend() == "gloo"
+        if not status:
+            dist.destroy_process_group()
+        if status or gloo:  # without waiting for the others; gloo's threads sometimes abort an ordinary exit
+            sys.stdout.flush()
+            os._exit(status)
     sys.exit(status)
