@@ -44,7 +44,7 @@ def write_shard(path, tokens):
         raise ValueError(f"{path}: {tokens.size} tokens are too many for one shard")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    write_atomically(path, lambda file: file.writelines([header.data, tokens.astype("<u2", copy=False).data]))
+    write_atomically(path, lambda file: file.writelines([header.data, np.ascontiguousarray(tokens, "<u2").data]))
 
 
 def shard_length(path):

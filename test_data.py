@@ -84,7 +84,7 @@ def contents(folder):
 
 def test_shard_format(tmp_path):
     tokens = [1, 258, 65535, 0, 50256]
-    for given in (tokens, np.array(tokens, np.uint16), np.array(tokens)):
+    for given in (tokens, np.array(tokens, np.uint16), np.array(tokens), np.array(tokens[::-1])[::-1]):
         write_shard(tmp_path / "a.bin", given)
         assert (tmp_path / "a.bin").read_bytes() == shard_bytes(tokens)
     got = read_shard(tmp_path / "a.bin")

@@ -694,6 +694,7 @@ def test_log_is_cut(cwd, reference):
 
 
 LONG = dict(max_tokens=60 * BATCH, checkpoint_interval=3, eval_interval=5)
+SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="long: SOAK=1")
 
 
 def assert_uninterrupted(run, whole):
@@ -704,35 +705,37 @@ def assert_uninterrupted(run, whole):
         assert run.values(key) == whole.values(key)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.skipif(not os.environ.get("SOAK"), reason="long: SOAK=1"))])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=SOAK)])
 def test_kill(cwd, place, kills):
     """kill -9 at any moment, the same command again: in the end bitwise as if nothing had happened."""
+    long = LONG | {"max_tokens": 30 * kills * BATCH}
     seed = random.randrange(10**6)
     print("seed", seed)
-    rng, whole = random.Random(seed), Run(place("whole"), **LONG)
+    rng, whole = random.Random(seed), Run(place("whole"), **long)
     for _ in range(kills):
-        run = Run(cwd, **LONG)
-        target = run.step() + rng.randint(1, 60 // kills - 2)
+        run = Run(cwd, **long)
+        target = run.step() + rng.randint(1, 28)
         wait_for(lambda: run.step() >= target or not run.running(), f"step {target}", kill=run)
         time.sleep(rng.random() * 0.1)
         os.kill(run.pid, signal.SIGKILL)
         run.wait(-9)
-    run = Run(cwd, **LONG).wait()
+    run = Run(cwd, **long).wait()
     assert_uninterrupted(run, whole.wait())
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.skipif(not os.environ.get("SOAK"), reason="long: SOAK=1"))])
-def test_kill_torchrun(cwd, place, kills):
-    """The same on two processes, of which torchrun is killed first (its orphans end within 5 seconds) and then a worker."""
+@pytest.mark.parametrize("processes, kills", [(2, 2), pytest.param(2, 20, marks=SOAK), pytest.param(3, 20, marks=SOAK)])
+def test_kill_torchrun(cwd, place, processes, kills):
+    """The same on several, of which torchrun is killed first (its orphans end within 5 seconds) and then a worker."""
+    long = LONG | {"max_tokens": 30 * kills * BATCH}
     seed = random.randrange(10**6)
     print("seed", seed)
-    rng, whole = random.Random(seed), Run(place("whole"), processes=2, **LONG)
+    rng, whole = random.Random(seed), Run(place("whole"), processes=processes, **long)
     for i in range(kills):
-        run = Run(cwd, command=torchrun(2), **LONG)
-        target = run.step() + rng.randint(1, 60 // kills - 2)
+        run = Run(cwd, command=torchrun(processes), **long)
+        target = run.step() + rng.randint(1, 28)
         wait_for(lambda: run.step() >= target or not run.running(), f"step {target}", kill=run)
         workers = children(run.pid)
-        assert len(workers) == 2
+        assert len(workers) == processes
         time.sleep(rng.random() * 0.1)
         os.kill(run.pid if i % 2 == 0 else rng.choice(workers), signal.SIGKILL)
         if i % 2 == 0:
@@ -740,7 +743,7 @@ def test_kill_torchrun(cwd, place, kills):
         run.wait((-9, 1))
         assert not any(map(alive, workers))
         assert 'train.py", line' not in run.err, run.err
-    run = Run(cwd, command=torchrun(2), **LONG).wait()
+    run = Run(cwd, command=torchrun(processes), **long).wait()
     assert_uninterrupted(run, whole.wait())
 
 

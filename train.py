@@ -347,24 +347,37 @@ def evaluate(cfg: Config, model: GPT, data: TokenBatches, autocast) -> float:
 
 # ---- the run's folder
 
-def on_first_process(function) -> None:
-    """Calls it on the first process alone; if it fails there, all processes fail."""
-    on_every_process(function if RANK == 0 else lambda: None)
-
-
-def on_every_process(function) -> None:
-    """Calls it; if it fails on the first process, all processes fail."""
-    failure = [None]
-    try:
-        function()
-    except Failure as e:
-        failure = [e]
-    except OSError as e:
-        failure = [Failure(e)]
+def gather(value) -> list:
+    """The values of all processes."""
+    values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(failure)
-    if failure[0]:
-        raise failure[0]
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(function):
+    """Calls it on every process and returns its result; if it fails on one, all fail with what that one says."""
+    result = failure = None
+    try:
+        result = function()
+    except Failure as e:
+        failure = e
+    except OSError as e:
+        failure = Failure(e)
+    for rank, failure in enumerate(gather(failure)):
+        if failure:
+            raise Failure(f"process {rank}: {failure}" if rank else failure, failure.status)
+    return result
+
+
+def on_first_process(function) -> None:
+    together(function if RANK == 0 else lambda: None)
+
+
+def same_everywhere(what: str, value) -> None:
+    values = gather(value)
+    if len(set(values)) > 1:
+        raise Failure(f"{what} differs between processes: {', '.join(f'{v} on {r}' for r, v in enumerate(values))}")
 
 
 def stop_with_parent() -> None:
@@ -409,7 +422,7 @@ def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, t
     content = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "model_config": asdict(model.config),
                "config": asdict(cfg), "step": step, "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time,
                "data_step": data_step}
-    on_every_process(lambda: save(path, content, first=RANK == 0))
+    together(lambda: save(path, content, first=RANK == 0))
 
 
 def start_folder(cfg: Config, out_dir: Path, step: int) -> None:
@@ -478,7 +491,9 @@ def main(argv: list[str]) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     autocast = torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
-    train_data, val_data, meta, vocab_size = open_data(cfg)
+    train_data, val_data, meta, vocab_size = together(lambda: open_data(cfg))
+    same_everywhere(f"{cfg.data_dir} (vocab_size, sequences for training and validation)",
+                    (vocab_size, len(train_data), len(val_data)))
     model = build_model(cfg, vocab_size)
     optimizer = build_optimizer(cfg, model)
     schedule_free = hasattr(optimizer, "eval")
@@ -489,7 +504,8 @@ def main(argv: list[str]) -> None:
     out_dir = Path(cfg.out_dir)
     ckpt = out_dir / "ckpt.pt"
     on_first_process(lambda: lock(out_dir))
-    saved, step, train_time = load_checkpoint(cfg, ckpt, model), 0, 0.0
+    saved, step, train_time = together(lambda: load_checkpoint(cfg, ckpt, model)), 0, 0.0
+    same_everywhere(f"the step of {ckpt}, which all nodes must share,", saved and saved["step"])
     data_step, old_data = 0, None  # the step before the first on this data_dir
     if saved:
         restore(saved, model, optimizer)
@@ -498,7 +514,7 @@ def main(argv: list[str]) -> None:
             data_step, old_data = step, saved["config"]["data_dir"]
         del saved
     elif cfg.init_from:
-        load_weights(cfg, model)
+        together(lambda: load_weights(cfg, model))
     if steps and step >= steps:
         return say(f"{out_dir} is finished: {step} steps are in {ckpt}. More: --max_tokens=... Anew: --resume=False")
     on_first_process(lambda: start_folder(cfg, out_dir, step))
