@@ -764,7 +764,7 @@ def test_early_end(cwd):
     assert "Traceback" not in run.err and not (cwd / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_stop(cwd, place, number):
     """The step is finished and saved, exit status 0, and the same command goes on."""
     knobs = dict(max_tokens=0, checkpoint_interval=10**6)

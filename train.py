@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train.py configs/772m_sf.py         many processes, same mathematics
     python train.py --help                                                       all knobs
 
-The same command given again goes on from the last checkpoint. Ctrl-C and SIGTERM write one and stop.
+The same command given again goes on from the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 write one and stop.
 """
 import ast
 import contextlib
@@ -523,7 +523,7 @@ def main(argv: list[str]) -> None:
         say(f"going on from {ckpt} at step {step}")
 
     stop = []  # signals that asked for it
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the last one is how Slurm warns
         signal.signal(number, lambda received, frame: stop.append(received))
     if schedule_free:
         optimizer.train()

@@ -82,6 +82,7 @@ class Row:
     main: bool  # at its chosen rate
     rates: dict[int, float] = field(default_factory=dict)  # by horizon
     runs: dict[int, dict[int, Run]] = field(default_factory=dict)  # by horizon and seed
+    members: list[Run] = field(default_factory=list)  # all runs of the method
 
     def losses(self, h: int) -> dict[int, float]:
         return {seed: run.at(h)["val_loss"] for seed, run in sorted(self.runs.get(h, {}).items())}
@@ -158,7 +159,7 @@ def make_rows(runs: list[Run], horizons: list[int], notes: list[str]) -> list[Ro
     for method, label in labels(list(methods)).items():
         members = methods[method]
         tuning, reported = [r for r in members if r.tuning], [r for r in members if not r.tuning]
-        main = Row(label, members[0].scheduled, members[0].config["optimizer"], True)
+        main = Row(label, members[0].scheduled, members[0].config["optimizer"], True, members=members)
         others = {}
         for together in tuned_over(members, horizons):
             at = f"{label} at {show_tokens(together[0])}" if main.scheduled else label
@@ -176,7 +177,7 @@ def make_rows(runs: list[Run], horizons: list[int], notes: list[str]) -> list[Ro
                     if not tuning:
                         continue
                     row = others.setdefault(run.config["lr"], Row(
-                        f"{label}, lr {run.config['lr']:g}", main.scheduled, main.optimizer, False))
+                        f"{label}, lr {run.config['lr']:g}", main.scheduled, main.optimizer, False, members=members))
                 for h in together:
                     if run.at(h):
                         row.rates[h] = run.config["lr"]
@@ -266,10 +267,10 @@ def tables(rows: list[Row], horizons: list[int], target: float | None) -> str:
         text += markdown(["optimizer", *header], [
             [row.label, *(fraction_cell(row, other, h) if h in other.runs else "" for h in horizons)]
             for row in rows if row is not other])
-    text += "\nSeconds of training (mean; without evaluation, checkpoints and start-up):\n\n"
+    text += "\nSeconds of training (the fastest run at any rate; without evaluation, checkpoints and start-up):\n\n"
     text += markdown(["optimizer", *header], [
-        [row.label, *(f"{mean(r.at(h)['train_time_s'] for r in row.runs[h].values()):.0f}" if h in row.runs else ""
-                      for h in horizons)] for row in rows])
+        [row.label, *(f"{min(r.at(h)['train_time_s'] for r in row.members if r.at(h)):.0f}" if h in row.runs else ""
+                      for h in horizons)] for row in rows if row.main])
     if target is not None:
         text += f"\nTo a validation loss of {target:g}:\n\n"
         lines = []

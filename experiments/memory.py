@@ -3,12 +3,14 @@ tensors that have shapes but no memory.
 
     python experiments/memory.py configs/772m_sf.py --processes=8 --card=80
     python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_head=64 --n_embd=8192 --batch_size=1
+    torchrun --standalone --nproc_per_node=4 experiments/memory.py configs/125m_sf.py --measure     really, on the CPU
 
 Counted for one process, without what an allocator wastes, for blocks that are not compiled. Weights, gradients, state and
 the step's workspace are divided by the processes that share a copy of the model (--shard_size, or all). The passes take the
 activations of batch_size sequences, and the embedding and two blocks with their gradients, which then exist whole; they
 and the step come one after the other, so the larger one counts.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -49,8 +51,8 @@ def activations(cfg: train.Config, n_layer: int) -> int:
     return peak(work, model)
 
 
-def measure(cfg: train.Config, processes: int) -> dict[str, float]:
-    """Bytes on one process, by kind."""
+def measure(cfg: train.Config, processes: int) -> tuple[dict[str, float], int]:
+    """Bytes on one process, by kind, and the number of parameters."""
     with FakeTensorMode():
         two, three = activations(cfg, 2), activations(cfg, 3)
         model = build(cfg, cfg.n_layer)
@@ -64,15 +66,35 @@ def measure(cfg: train.Config, processes: int) -> dict[str, float]:
         whole = 2 * (size(model.wte.parameters()) + 2 * size(model.blocks[0].parameters())) if processes > 1 else 0
     share = min(cfg.shard_size or processes, processes)
     passes, step = two + (cfg.n_layer - 2) * (three - two) + whole, workspace / share
+    n = weights // 4
     return {"weights": weights / share, "gradients": weights / share, "optimizer's state": state / share,
-            "forward and backward" if passes > step else "step of the optimizer": max(passes, step)}
+            "forward and backward" if passes > step else "step of the optimizer": max(passes, step)}, n
+
+
+def measured(cfg: train.Config) -> str:
+    """What weights, gradients and state really take in this process, from the memory it has before and after a step."""
+    def now():
+        with open("/proc/self/status") as status:
+            return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    if train.WORLD_SIZE > 1:
+        torch.distributed.init_process_group("gloo")
+    before = now()
+    model = train.build_model(cfg, 50304)
+    optimizer = train.build_optimizer(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    n = sum(p.numel() for p in model.parameters())
+    return f"process {train.RANK} of {train.WORLD_SIZE}: {(now() - before) / n:.2f} bytes per parameter, {n:,} parameters"
 
 
 def main() -> None:
-    options = {"processes": 1, "card": 80.0}
+    options = {"processes": 1, "card": 80.0, "measure": False}
     rest = []
     for argument in sys.argv[1:]:
         key, _, value = argument.lstrip("-").partition("=")
+        value = value or "True"
         if argument.startswith("--") and key in options:
             options[key] = type(options[key])(value)
         else:
@@ -83,9 +105,13 @@ def main() -> None:
         print(f"memory.py: {e}", file=sys.stderr)
         sys.exit(e.status)
     cfg.compile = False
-    parts = measure(cfg, options["processes"])
+    if options["measure"]:
+        print(measured(cfg))
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads sometimes abort an ordinary exit
+    parts, n = measure(cfg, options["processes"])
     for name, value in parts.items():
-        print(f"{name:24}{value / 1e9:10.2f} GB")
+        print(f"{name:24}{value / 1e9:10.2f} GB{value / n:10.2f} bytes per parameter")
     total = sum(parts.values()) / 1e9
     print(f"{'all':24}{total:10.2f} GB: {'fits' if total < 0.95 * options['card'] else 'does not fit'} "
           f"a card of {options['card']:g} GB (5% kept free)")

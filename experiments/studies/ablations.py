@@ -8,8 +8,8 @@ small = runpy.run_path(str(Path(__file__).with_name("small.py")))
 base, tokens, tuning_seeds = small["base"], small["tokens"], ()
 horizons, seeds = (16,), (0,)
 
-sf_normuon = dict(optimizer="sf_normuon", lr=0.032)
-sf_adamw = dict(small["optimizers"]["sf_adamw"], lr=0.016)
+sf_normuon = dict(optimizer="sf_normuon", lr=0.128)
+sf_adamw = dict(small["optimizers"]["sf_adamw"], lr=0.032)
 optimizers = {
     **{f"{o['optimizer']}_decay_at_{place}": dict(o, decay_at=place) for o in (sf_normuon, sf_adamw) for place in ("z", "y", "none")},
     "sf_normuon_momentum_0": dict(sf_normuon, momentum=0.0, horizons=(4,)),
