@@ -160,4 +160,4 @@ class TokenBatches:
             if row.max() >= self.vocab_size:
                 raise ValueError(f"{path}: holds token {row.max()}, beyond vocab_size {self.vocab_size}")
         batch = torch.from_numpy(batch)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return batch[:, :-1].clone(), batch[:, 1:].clone()  # clones, since contiguous() of a single row would share it

@@ -139,6 +139,9 @@ def test_batches_are_permutations(tmp_path):
     expected = [list(range(s, s + 10)) for s in [*range(0, 100, 10), *range(1000, 1090, 10), *range(4000, 4040, 10)]]
     batches = TokenBatches(tmp_path, "train", 10, 5000, seed=3)
     assert len(batches) == 23
+    inputs, targets = batches.get([0])
+    targets.fill_(-1)
+    assert (inputs >= 0).all()  # the two share no memory, not even those of a single sequence
     inputs, targets = batches.get(range(23 * 3))
     assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (69, 10)
     assert torch.equal(inputs + 1, targets) and inputs.is_contiguous() and targets.is_contiguous()

@@ -50,9 +50,9 @@ def test_the_group_of_a_dead_worker_starts_again_by_itself(cwd, place):
 class Agent:
     """torchrun with one worker, in a folder of its own; what it and its worker say goes to the file `output` there."""
 
-    def __init__(self, folder, port, nodes, **knobs):
+    def __init__(self, folder, port, nodes, restarts, **knobs):
         arguments = [f"--{key}={value}" for key, value in {**TINY, "batch_size": 1, **knobs}.items()]
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", "--max-restarts=3",
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=1", f"--max-restarts={restarts}",
                       "--rdzv-conf=last_call_timeout=1"]
         with open(folder / "output", "w") as file:
             self.popen = subprocess.Popen(
@@ -79,9 +79,9 @@ def agents(place):
         port = s.getsockname()[1]
     folders, started = [place("node"), place("node")], []
 
-    def start(nodes, **knobs):
+    def start(nodes, restarts=0, **knobs):
         for folder in folders:
-            started.append(Agent(folder, port, nodes, **knobs))
+            started.append(Agent(folder, port, nodes, restarts, **knobs))
             time.sleep(0.5)
         return started
 
@@ -104,7 +104,7 @@ def test_two_nodes_are_one_run(agents, place, reference):
 def test_a_lost_node_leaves_a_smaller_run(agents, place):
     folders, start = agents
     shared = place("shared") / "run"
-    first, second = start("1:2", out_dir=shared, max_tokens=4000 * BATCH, checkpoint_interval=5)
+    first, second = start("1:2", restarts=3, out_dir=shared, max_tokens=4000 * BATCH, checkpoint_interval=5)
     wait_for(lambda: (shared / "ckpt.pt").exists(), "a checkpoint", 120)
     assert "2 processes" in first.output() + second.output()
     second.kill()

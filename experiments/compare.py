@@ -318,7 +318,9 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
                          "grid.alpha": 0.25, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
                          "legend.frameon": False, "savefig.transparent": True, "svg.hashsalt": "", "font.size": 10,
                          "axes.prop_cycle": plt.cycler(color=COLORS), "lines.linewidth": 1.8, "lines.markersize": 5})
-    color = {row.label: COLORS[i % len(COLORS)] for i, row in enumerate(rows)}
+    color = {row.label: COLORS[i % len(COLORS)] for i, row in enumerate(row for row in rows if row.main)}
+    for row in rows:  # at another rate, in its method's color
+        color.setdefault(row.label, color.get(row.label.rpartition(", lr ")[0], grey))
     loss = "validation loss (nats)"
     written = []
     out.mkdir(parents=True, exist_ok=True)
@@ -349,8 +351,9 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
 
     def rate_axis(axis):
         rates = sorted({x for line in axis.lines for x in line.get_xdata()})
+        doublings = [rates[0] * 2**k for k in range(round(math.log2(rates[-1] / rates[0])) + 1)]
         axis.set(xscale="log", xlabel="learning rate")
-        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 9 else 0)
+        axis.set_xticks(doublings, [f"{rate:g}" for rate in doublings])
         axis.minorticks_off()
 
     main = [row for row in rows if row.main]
@@ -374,10 +377,14 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
     if anytime and scheduled:  # Fig. 1
         figure, (axis,) = panels()
         low = []
+        most = max(len(by_seed) for row in rows for by_seed in row.runs.values())
+        shown = [row for row in rows if len(row.runs[max(row.runs)]) > 1 or most == 1]  # the others are in Fig. 7
         for row in anytime:
-            if id(row) not in ablated:
+            if row in shown and id(row) not in ablated:
                 low += curve(axis, row, linestyle="-" if row.main else ":")[1:]
         for row in scheduled:
+            if row not in shown:
+                continue
             points = sorted(row.runs)
             axis.plot(points, [row.mean(h) for h in points], "o--", color=color[row.label], label=f"{row.label}, one run each")
             low += [row.mean(h) for h in points]
@@ -444,7 +451,7 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
         rate_axis(axis)
         axis.set(ylabel=loss, title=f"after {show_tokens(h)}",
                  ylim=(min(values) * 0.98, min(max(values), min(values) * 1.35)))
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
         save(figure, "fig5_learning_rate")
 
     adamw = reference(rows, "adamw")

@@ -11,7 +11,8 @@ horizons, seeds = (16,), (0,)
 sf_normuon = dict(optimizer="sf_normuon", lr=0.128)
 sf_adamw = dict(small["optimizers"]["sf_adamw"], lr=0.032)
 optimizers = {
-    **{f"{o['optimizer']}_decay_at_{place}": dict(o, decay_at=place) for o in (sf_normuon, sf_adamw) for place in ("z", "y", "none")},
     "sf_normuon_momentum_0": dict(sf_normuon, momentum=0.0, horizons=(4,)),
     "sf_normuon_no_rows": dict(sf_normuon, normalize_rows=False, horizons=(4,)),
+    **{f"{knobs['optimizer']}_decay_at_{place}": dict(knobs, decay_at=place)
+       for knobs in (sf_normuon, sf_adamw) for place in ("z", "y", "none")},
 }
