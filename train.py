@@ -492,8 +492,8 @@ def main(argv: list[str]) -> None:
     autocast = torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
     train_data, val_data, meta, vocab_size = together(lambda: open_data(cfg))
-    same_everywhere(f"{cfg.data_dir} (vocab_size, sequences for training and validation)",
-                    (vocab_size, len(train_data), len(val_data)))
+    same_everywhere(f"{cfg.data_dir} (tokenizer, vocab_size, sequences for training and validation)",
+                    (meta["tokenizer"], meta["vocab_size"], len(train_data), len(val_data)))
     model = build_model(cfg, vocab_size)
     optimizer = build_optimizer(cfg, model)
     schedule_free = hasattr(optimizer, "eval")
