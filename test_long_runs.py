@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 from data import HEADER_BYTES, MAGIC, VERSION, TokenBatches, write_shard
-from test_train import (BATCH, ENV, LONG, TINY, TRAIN, Run, alive, assert_same, assert_uninterrupted, background, children, cwd,
+from test_train import (BATCH, ENV, LONG, SOAK, TINY, TRAIN, Run, alive, assert_same, assert_uninterrupted, background, children, cwd,
                         data, place, reference, tokens, torchrun, wait_for)  # among them fixtures
 
 REPO = Path(__file__).resolve().parent
@@ -35,6 +35,7 @@ def test_hybrid_sharding(cwd, place, reference):
     run.complaint("shard_size 3", "2 processes")
 
 
+@SOAK  # on a busy machine it once took more than two minutes
 def test_the_group_of_a_dead_worker_starts_again_by_itself(cwd, place):
     knobs = LONG | {"max_tokens": 120 * BATCH}
     run = Run(cwd, command=[*torchrun(2), "--max-restarts=3"], **knobs)

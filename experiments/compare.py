@@ -340,7 +340,7 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
         members = list(row.runs[max(row.runs)].values())
         points = [e["tokens"] for e in members[0].evals if all(any(f["tokens"] == e["tokens"] for f in m.evals) for m in members)]
         values = [mean(next(f["val_loss"] for f in m.evals if f["tokens"] == t) for m in members) for t in points]
-        axis.plot(points, values, label=row.label, **{"color": color[row.label], **style})
+        axis.plot(points, values, **{"label": row.label, "color": color[row.label], **style})
         return values
 
     def token_axis(axis):
