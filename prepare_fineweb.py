@@ -365,5 +365,6 @@ if __name__ == "__main__":
         status, message = 2 if isinstance(e, Refused) else 1, str(e)
     if status:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
-        print("prepare_fineweb.py:", *message.split(), file=sys.stderr)
-    sys.exit(status)
+        print("prepare_fineweb.py:", *message.split(), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(status)  # threads of the readers sometimes abort an ordinary exit
