@@ -3,7 +3,8 @@ import math
 
 import torch
 
-from sf_normuon import ScheduleFree, adam_denominator, check_group, local, matrix_sum, normuon_direction, polar, same_shape
+from sf_normuon import (ScheduleFree, adam_denominator, check_group, check_not_negative, local, matrix_sum, normuon_direction,
+                        polar, same_shape)
 
 
 def nesterov(Ms, params, momentum):
@@ -120,9 +121,7 @@ class AMUSE(MovingBeta):
             raise ValueError(f"beta1 must be in (0, 1], got {group['betas'][0]}")
         if not group["warmup_steps"] >= 2:
             raise ValueError(f"warmup_steps must be at least 2, got {group['warmup_steps']}")
-        for name in ("rho", "averaging_power"):
-            if not group[name] >= 0:
-                raise ValueError(f"{name} must not be negative, got {group[name]}")
+        check_not_negative(group, "rho", "averaging_power")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -148,7 +147,7 @@ class AMUSE(MovingBeta):
                 beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 only if lr is raised from outside
             self._set_beta(group, beta, params)
             for bucket in same_shape(params) if group["use_muon"] else [params]:
-                u = self._matrix_step(group, bucket) if group["use_muon"] else self._adamw_step(group, bucket)
+                u = self._matrix_step(group, bucket) if group["use_muon"] else self._adamw_direction(group, bucket)
                 y, z = local(bucket), local(self._states(bucket, "z"))
                 torch._foreach_lerp_(y, z, 1 - 1 / old_beta)  # x
                 torch._foreach_mul_(z, 1 - lr * group["weight_decay"])
@@ -160,10 +159,6 @@ class AMUSE(MovingBeta):
     def _matrix_step(self, group, params):
         update = nesterov(self._states(params, "momentum_buffer"), params, group["momentum"])
         return list((0.2 * math.sqrt(max(params[0].shape)) * polar(update, group["ns_steps"], group["ns_dtype"])).unbind())
-
-    def _adamw_step(self, group, params):
-        g, v = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq"))
-        return torch._foreach_div(g, adam_denominator(v, g, group["betas"][1], group["step"], group["eps"]))
 
 
 class ScheduleFreePlus(MovingBeta):
@@ -194,9 +189,7 @@ class ScheduleFreePlus(MovingBeta):
         check_group(group)
         if not (0 <= group["betas"][0] < 1 and 0 <= group["polyak_beta"] < 1):
             raise ValueError(f"beta1 and polyak_beta must be in [0, 1), got {group['betas'][0]} and {group['polyak_beta']}")
-        for name in ("averaging_power", "averaging_start", "beta_anneal_steps"):
-            if not group[name] >= 0:
-                raise ValueError(f"{name} must not be negative, got {group[name]}")
+        check_not_negative(group, "averaging_power", "averaging_start", "beta_anneal_steps")
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -68,14 +68,18 @@ def read_shard(path):
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(shard_length(path),))
 
 
+def check_folder(data_dir):
+    if not os.path.isdir(data_dir):
+        raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
+
+
 def read_meta(data_dir):
     """What meta.json says about the tokens: at least tokenizer (str) and vocab_size (int).
 
     Shards without a meta.json are taken as GPT-2's. FileNotFoundError if there is no such folder, ValueError if the file
     does not parse or lacks one of the two.
     """
-    if not os.path.isdir(data_dir):
-        raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
+    check_folder(data_dir)
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
@@ -109,8 +113,7 @@ class TokenBatches:
     """
 
     def __init__(self, data_dir, split, block_size, vocab_size, seed=0):
-        if not os.path.isdir(data_dir):
-            raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
+        check_folder(data_dir)
         shards = sorted(name for name in os.listdir(data_dir) if re.search(r"_(train|val)_\d+\.bin$", name))
         if not shards:
             raise FileNotFoundError(f"{data_dir}: no token shards in this folder; prepare_fineweb.py makes some")

@@ -139,22 +139,21 @@ def adam_denominator(v: list[Tensor], g: list[Tensor], beta2: float, t: int, eps
     return denominator
 
 
+def check_not_negative(group: dict, *names: str) -> None:
+    for name in names:
+        if not group.get(name, 0) >= 0:
+            raise ValueError(f"{name} must not be negative, got {group[name]}")
+
+
 def check_group(group: dict) -> None:
     """Raises ValueError for a parameter group that none of the optimizers here can take."""
-    if not group["lr"] >= 0:
-        raise ValueError(f"lr must not be negative, got {group['lr']}")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {group['weight_decay']}")
-    if not group["eps"] >= 0:
-        raise ValueError(f"eps must not be negative, got {group['eps']}")
+    check_not_negative(group, "lr", "weight_decay", "eps", "warmup_steps")
     if not (len(group["betas"]) == 2 and 0 <= group["betas"][1] < 1):
         raise ValueError(f"betas must be two numbers, the second one in [0, 1), got {group['betas']}")
     if not 0 <= group.get("momentum", 0) < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
     if not (isinstance(group.get("ns_steps", 1), int) and group.get("ns_steps", 1) >= 1):
         raise ValueError(f"ns_steps must be a whole number of at least 1, got {group['ns_steps']}")
-    if not group.get("warmup_steps", 0) >= 0:
-        raise ValueError(f"warmup_steps must not be negative, got {group['warmup_steps']}")
     for p in group["params"]:
         if p.is_complex() or p.layout != torch.strided:
             raise ValueError(f"parameters must be real and dense, got {p.dtype}, {p.layout} of shape {tuple(p.shape)}")
@@ -209,6 +208,11 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _states(self, params, name):
         return [self.state[p][name] for p in params]
+
+    def _adamw_direction(self, group, params):
+        """g / (√v̂ + ε), without a first moment: the place of y between z and x is the momentum."""
+        g, v = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq"))
+        return torch._foreach_div(g, adam_denominator(v, g, group["betas"][1], group["step"], group["eps"]))
 
 
 class SFNorMuon(ScheduleFree):
@@ -300,8 +304,7 @@ class SFNorMuon(ScheduleFree):
             group["ns_steps"], group["ns_dtype"], group["normalize_rows"])
 
     def _adamw_step(self, group, params, lr):
-        g, v, beta2 = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq")), group["betas"][1]
-        step = torch._foreach_div(g, adam_denominator(v, g, beta2, group["step"], group["eps"]))
+        step = self._adamw_direction(group, params)
         torch._foreach_mul_(step, lr)
         return step
 

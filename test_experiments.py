@@ -77,11 +77,12 @@ def test_a_study_from_start_to_report(copy):
     command, options = python(copy, "experiments/sweep.py", "experiments/studies/tiny.py", "--jobs=2")
     first = subprocess.Popen(command, **options)
     deadline = time.monotonic() + 120
-    while len(list(results.glob("runs/*"))) < 2 and first.poll() is None and time.monotonic() < deadline:
+    while len(list(results.glob("runs/*/config.json"))) < 2 and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     first.kill()
     first.communicate()
-    early = {p: (p / "log.jsonl").stat().st_mtime_ns for p in results.glob("runs/*")}
+    ended = [p.parent for p in results.glob("runs/*/config.json")]  # written last: the kill may come between two files
+    early = {p: (p / "log.jsonl").stat().st_mtime_ns for p in ended}
     assert early
     if sys.platform == "linux":  # its runs do not outlive it
         deadline = time.monotonic() + 20

@@ -81,6 +81,12 @@ def normalized(r, P, beta2, eps, normalize_rows):
     return 0.2 * math.sqrt(P.numel()) / P_hat.norm() * P_hat if P_hat.norm() > 0 else P_hat
 
 
+def adam_scale(r, g, beta2, t, eps):
+    """√v̂ + ε, after the second moment of step t = 1, 2, ..."""
+    r.v = beta2 * r.v + (1 - beta2) * g * g
+    return (r.v / (1 - beta2**t)).sqrt() + eps
+
+
 def sf_step(params, grads, group):
     """Algorithm 1, one step of a group, which counts t and s. None among the gradients skips its parameter."""
     if group["lr"] == 0:
@@ -98,8 +104,7 @@ def sf_step(params, grads, group):
             r.M = mu * r.M + (1 - mu) * g
             d = normalized(r, polar(r.M, group["ns_steps"]), beta2, eps, group["normalize_rows"])
         else:
-            r.v = beta2 * r.v + (1 - beta2) * g * g
-            d = g / ((r.v / (1 - beta2**t)).sqrt() + eps)
+            d = g / adam_scale(r, g, beta2, t, eps)
         u = eta * lam * {"z": r.z, "y": r.y, "none": 0 * r.z}[group["decay_at"]] + eta * d
         r.z_before, r.z = r.z, r.z - u
         r.x = (1 - c) * r.x + c * r.z
@@ -119,8 +124,7 @@ def normuon_step(params, grads, group):
             d = normalized(r, polar((1 - mu) * g + mu * r.M), beta2, eps, group["normalize_rows"])
         else:
             r.m = beta1 * r.m + (1 - beta1) * g
-            r.v = beta2 * r.v + (1 - beta2) * g * g
-            d = r.m / (1 - beta1**t) / ((r.v / (1 - beta2**t)).sqrt() + eps)
+            d = r.m / (1 - beta1**t) / adam_scale(r, g, beta2, t, eps)
         r.y = (1 - group["lr"] * group["weight_decay"]) * r.y - group["lr"] * d
 
 
@@ -147,8 +151,7 @@ def amuse_step(params, grads, group):
             r.M = mu * r.M + (1 - mu) * g
             d = 0.2 * math.sqrt(max(g.shape)) * polar((1 - mu) * g + mu * r.M, group["ns_steps"])
         else:
-            r.v = beta2 * r.v + (1 - beta2) * g * g
-            d = g / ((r.v / (1 - beta2**t)).sqrt() + group["eps"])
+            d = g / adam_scale(r, g, beta2, t, group["eps"])
         r.z = (1 - eta * group["weight_decay"]) * r.z - eta * d
         r.x = (1 - c) * r.x + c * r.z
         r.y = beta * r.x + (1 - beta) * r.z
@@ -192,8 +195,7 @@ def plus_step(params, grads, group):
         g = g.double()
         r.z = r.z - alpha**2 * group["weight_decay"] * r.y
         r.m = beta1 * r.m + (1 - beta1) * g
-        r.v = beta2 * r.v + (1 - beta2) * g * g
-        r.z = r.z - alpha * r.m / (1 - beta1 ** (k + 1)) / ((r.v / (1 - beta2 ** (k + 1))).sqrt() + group["eps"])
+        r.z = r.z - alpha * r.m / (1 - beta1 ** (k + 1)) / adam_scale(r, g, beta2, k + 1, group["eps"])
         r.x = (1 - c) * r.x + c * r.z
         r.y = beta * r.x + (1 - beta) * r.z
 

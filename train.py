@@ -190,7 +190,8 @@ def check(cfg: Config) -> None:
         if getattr(cfg, key) < 1:
             raise Failure(f"{key} must be at least 1, got {getattr(cfg, key)}", 2)
     for key in ("lr", "weight_decay", "adam_lr", "adam_weight_decay", "min_lr_ratio", "grad_clip", "warmup_steps",
-                "max_tokens", "vocab_size", "seed", "shard_size", "rho", "averaging_power", "averaging_start", "beta_anneal_steps"):
+                "max_tokens", "vocab_size", "seed", "shard_size", "rho", "averaging_power", "averaging_start",
+                "beta_anneal_steps"):
         if getattr(cfg, key) < 0:
             raise Failure(f"{key} must not be negative, got {getattr(cfg, key)}", 2)
     if cfg.optimizer in SCHEDULE_FREE and cfg.schedule != "constant":
@@ -296,17 +297,20 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
         model = GPT(GPTConfig(vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(cfg.device)
     except ValueError as e:
         raise Failure(e, 2)
-    shard_size = cfg.shard_size or WORLD_SIZE
-    mesh = init_device_mesh(torch.device(cfg.device).type, (WORLD_SIZE // shard_size, shard_size),
-                            mesh_dim_names=("replicate", "shard")) if WORLD_SIZE > 1 else None
-    if mesh and shard_size == WORLD_SIZE:
-        mesh = mesh["shard"]
     wrap_blocks(cfg, model)
-    if mesh:
+    if WORLD_SIZE > 1:
+        mesh = init_device_mesh(torch.device(cfg.device).type, (copies(cfg), WORLD_SIZE // copies(cfg)),
+                                mesh_dim_names=("replicate", "shard"))
+        mesh = mesh if copies(cfg) > 1 else mesh["shard"]
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
+
+
+def copies(cfg: Config) -> int:
+    """Of the model, and so of each gradient: processes that hold the same part of it."""
+    return WORLD_SIZE // (cfg.shard_size or WORLD_SIZE)
 
 
 def wrap_blocks(cfg: Config, model: GPT) -> None:
@@ -371,6 +375,7 @@ def together(function):
 
 
 def on_first_process(function) -> None:
+    """Calls it on the first process alone; if it fails there, all fail."""
     together(function if RANK == 0 else lambda: None)
 
 
@@ -447,7 +452,7 @@ def start_folder(cfg: Config, out_dir: Path, step: int) -> None:
 def report(cfg: Config, model: GPT, steps: int) -> str:
     total, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.hidden_matrices())
     words = 5 if cfg.optimizer == "schedulefree_plus" else 4  # weight, gradient, state
-    memory = 4 * (words * total - hidden * (cfg.optimizer in ("normuon", "muon"))) / WORLD_SIZE
+    memory = 4 * (words * total - hidden * (cfg.optimizer in ("normuon", "muon"))) * copies(cfg) / WORLD_SIZE
     device = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else cfg.device
     accumulation = cfg.total_batch_tokens // (cfg.batch_size * cfg.block_size * WORLD_SIZE)
     length = (f"{steps} steps, {steps * cfg.total_batch_tokens / (20 * total):.2f} times 20 tokens per parameter"
@@ -529,7 +534,6 @@ def main(argv: list[str]) -> None:
         optimizer.train()
     sequences = cfg.total_batch_tokens // cfg.block_size  # in a step, over all processes
     accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
-    copies = WORLD_SIZE // (cfg.shard_size or WORLD_SIZE)  # of the model, and so of each gradient
     flops, peak = model.flops_per_token(), peak_flops(cfg)
     log = open(out_dir / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
     bar = tqdm(total=steps * cfg.total_batch_tokens or None, initial=step * cfg.total_batch_tokens, unit="tok",
@@ -550,7 +554,7 @@ def main(argv: list[str]) -> None:
             micro_loss.backward()  # processes are averaged by fully_shard
             loss += micro_loss.detach()
         grads = local([p.grad for p in params])
-        squares = torch.stack(torch._foreach_norm(grads)).square().sum() / copies
+        squares = torch.stack(torch._foreach_norm(grads)).square().sum() / copies(cfg)
         stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(bool(stop)), device=cfg.device)])
         if WORLD_SIZE > 1:
             dist.all_reduce(stats)

@@ -26,6 +26,7 @@ from scipy.stats import ttest_rel
 
 from data import write_atomically
 from model import GPT, GPTConfig
+from sweep import read_log
 from train import FREE, SCHEDULE_FREE, Config
 
 NAMES = {"sf_normuon": "SF-NorMuon", "sf_adamw": "SF-AdamW", "adamw": "AdamW", "normuon": "NorMuon", "muon": "Muon",
@@ -77,12 +78,18 @@ class Run:
 class Row:
     """A method at its rate, or at another one that was asked for."""
     label: str
-    scheduled: bool
-    optimizer: str
     main: bool  # at its chosen rate
+    members: list[Run]  # all runs of the method
     rates: dict[int, float] = field(default_factory=dict)  # by horizon
     runs: dict[int, dict[int, Run]] = field(default_factory=dict)  # by horizon and seed
-    members: list[Run] = field(default_factory=list)  # all runs of the method
+
+    @property
+    def scheduled(self) -> bool:
+        return self.members[0].scheduled
+
+    @property
+    def optimizer(self) -> str:
+        return self.members[0].config["optimizer"]
 
     def losses(self, h: int) -> dict[int, float]:
         return {seed: run.at(h)["val_loss"] for seed, run in sorted(self.runs.get(h, {}).items())}
@@ -99,7 +106,7 @@ def read_runs(paths: list[str]) -> list[Run]:
     for folder in dict.fromkeys(folders):
         try:
             config = {**asdict(Config()), **json.loads((folder / "config.json").read_text())}
-            lines = [json.loads(line) for line in (folder / "log.jsonl").read_bytes().split(b"\n")[:-1]]
+            lines = read_log(folder)
         except (OSError, ValueError) as e:
             raise SystemExit(f"compare.py: {folder} is not a run's folder: {e}")
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
@@ -123,6 +130,13 @@ def labels(methods: list[tuple]) -> dict[tuple, str]:
                      (knobs[k] != default[k] or all(other[k] != default[k] for other in like))]
         names[method] = NAMES[knobs["optimizer"]] + schedule + "".join(f", {k} {show(knobs[k])}" for k in differing)
     return names
+
+
+def by_method(runs: list[Run]) -> dict[str, list[Run]]:
+    methods = defaultdict(list)
+    for run in runs:
+        methods[run.method()].append(run)
+    return {label: methods[method] for method, label in labels(list(methods)).items()}
 
 
 def show(value) -> str:
@@ -152,14 +166,10 @@ def tuned_over(runs: list[Run], horizons: list[int]) -> list[list[int]]:
 
 
 def make_rows(runs: list[Run], horizons: list[int], notes: list[str]) -> list[Row]:
-    methods = defaultdict(list)
-    for run in runs:
-        methods[run.method()].append(run)
     rows = []
-    for method, label in labels(list(methods)).items():
-        members = methods[method]
+    for label, members in by_method(runs).items():
         tuning, reported = [r for r in members if r.tuning], [r for r in members if not r.tuning]
-        main = Row(label, members[0].scheduled, members[0].config["optimizer"], True, members=members)
+        main = Row(label, True, members)
         others = {}
         for together in tuned_over(members, horizons):
             at = f"{label} at {show_tokens(together[0])}" if main.scheduled else label
@@ -176,8 +186,7 @@ def make_rows(runs: list[Run], horizons: list[int], notes: list[str]) -> list[Ro
                 if run.config["lr"] != rate:
                     if not tuning:
                         continue
-                    row = others.setdefault(run.config["lr"], Row(
-                        f"{label}, lr {run.config['lr']:g}", main.scheduled, main.optimizer, False, members=members))
+                    row = others.setdefault(run.config["lr"], Row(f"{label}, lr {run.config['lr']:g}", False, members))
                 for h in together:
                     if run.at(h):
                         row.rates[h] = run.config["lr"]
@@ -306,7 +315,7 @@ def check_claims(runs: list[Run], rows: list[Row], horizons: list[int], notes: l
 COLORS = ["#d1495b", "#2e86ab", "#e0912f", "#3f9b5f", "#8e5bb5", "#9c6b4e", "#c05fa0", "#7a8288", "#17a2a2", "#a3a02c"]
 
 
-def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) -> list[Path]:
+def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -322,7 +331,6 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
     for row in rows:  # at another rate, in its method's color
         color.setdefault(row.label, color.get(row.label.rpartition(", lr ")[0], grey))
     loss = "validation loss (nats)"
-    written = []
     out.mkdir(parents=True, exist_ok=True)
 
     def panels(n=1):
@@ -332,7 +340,6 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
     def save(figure, name):
         for ending, more in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
             figure.savefig(out / f"{name}.{ending}", **more)
-            written.append(out / f"{name}.{ending}")
         plt.close(figure)
 
     def curve(axis, row, **style):
@@ -431,14 +438,10 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
         axes[2].set_yscale("log")
         save(figure, "fig4_steady_state")
 
-    tuned = defaultdict(list)
-    for run in runs:
-        tuned[run.method()].append(run)
-    names = labels(list(tuned))
     sweeps = {}  # label: {horizon: {rate: loss}}
-    for method, members in tuned.items():
+    for label, members in by_method(runs).items():
         members = [r for r in members if r.tuning] or members
-        sweeps[names[method]] = {h: ls for h in horizons if len(ls := {
+        sweeps[label] = {h: ls for h in horizons if len(ls := {
             rate: l for rate, l in by_rate(members, [h]).items() if math.isfinite(l)}) > 1}
     if any(sweeps.values()):  # Fig. 5
         h = max((h for s in sweeps.values() for h in s), key=lambda h: (sum(h in s for s in sweeps.values()), h))
@@ -477,7 +480,6 @@ def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) ->
         axis.set_yticks(range(len(there)), [row.label for row in there])
         axis.set(xlabel=loss, title=f"after {show_tokens(h)}: seeds and their mean")
         save(figure, "fig7_all_optimizers")
-    return written
 
 
 # ---- the report

@@ -22,6 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import train
 from model import GPT, GPTConfig
 
+
 def build(cfg: train.Config, n_layer: int) -> GPT:
     model = GPT(GPTConfig(cfg.vocab_size or 50304, cfg.block_size, n_layer, cfg.n_head, cfg.n_embd))
     train.wrap_blocks(cfg, model)
@@ -51,7 +52,7 @@ def activations(cfg: train.Config, n_layer: int) -> int:
     return peak(work, model)
 
 
-def measure(cfg: train.Config, processes: int) -> tuple[dict[str, float], int]:
+def measure(cfg: train.Config) -> tuple[dict[str, float], int]:
     """Bytes on one process, by kind, and the number of parameters."""
     with FakeTensorMode():
         two, three = activations(cfg, 2), activations(cfg, 3)
@@ -63,8 +64,8 @@ def measure(cfg: train.Config, processes: int) -> tuple[dict[str, float], int]:
         optimizer.step()
         state = size(t for s in optimizer.state.values() for t in s.values())
         workspace = peak(optimizer.step, model, optimizer) - weights - state
-        whole = 2 * (size(model.wte.parameters()) + 2 * size(model.blocks[0].parameters())) if processes > 1 else 0
-    share = min(cfg.shard_size or processes, processes)
+        whole = 2 * (size(model.wte.parameters()) + 2 * size(model.blocks[0].parameters())) if train.WORLD_SIZE > 1 else 0
+    share = train.WORLD_SIZE // train.copies(cfg)
     passes, step = two + (cfg.n_layer - 2) * (three - two) + whole, workspace / share
     n = weights // 4
     return {"weights": weights / share, "gradients": weights / share, "optimizer's state": state / share,
@@ -99,6 +100,8 @@ def main() -> None:
             options[key] = type(options[key])(value)
         else:
             rest.append(argument)
+    if not options["measure"]:
+        train.WORLD_SIZE = options["processes"]  # so that what does not divide is refused as it would be there
     try:
         cfg = train.parse([*rest, "--device=cpu"])
     except train.Failure as e:
@@ -109,7 +112,7 @@ def main() -> None:
         print(measured(cfg))
         sys.stdout.flush()
         os._exit(0)  # gloo's threads sometimes abort an ordinary exit
-    parts, n = measure(cfg, options["processes"])
+    parts, n = measure(cfg)
     for name, value in parts.items():
         print(f"{name:24}{value / 1e9:10.2f} GB{value / n:10.2f} bytes per parameter")
     total = sum(parts.values()) / 1e9

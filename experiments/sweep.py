@@ -71,10 +71,9 @@ def loss_at(study, run: str, max_tokens: int, tokens: list[int]) -> float | None
     try:
         if json.loads((folder / "config.json").read_text())["max_tokens"] < max_tokens:
             return None
-        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     except FileNotFoundError:
         return None
-    losses = {line["tokens"]: line["val_loss"] for line in lines if "val_loss" in line}
+    losses = {line["tokens"]: line["val_loss"] for line in read_log(folder) if "val_loss" in line}
     return sum(losses.get(n, math.inf) for n in tokens) / len(tokens)
 
 
