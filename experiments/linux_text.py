@@ -1,8 +1,8 @@
 """The Linux kernel's own C files as a corpus: real text, enough of it, and on every mirror.
 
-    apt-get download linux-source-6.1 && dpkg-deb -x linux-source-6.1_*.deb . && mv usr/src/linux-source-6.1.tar.xz .
-    python experiments/linux_text.py linux-source-6.1.tar.xz linux.jsonl
-    python prepare_fineweb.py --files linux.jsonl --tokenizer byte --out data/linux
+    (mkdir -p data && cd data && apt-get download linux-source-6.1 && dpkg-deb -x linux-source-6.1_*.deb .)
+    python experiments/linux_text.py data/usr/src/linux-source-6.1.tar.xz data/linux.jsonl
+    python prepare_fineweb.py --files data/linux.jsonl --tokenizer byte --out data/linux
 
 Any linux-6.1.*.tar.xz of kernel.org does as well. One document a file, in an order that mixes the directories.
 """
