@@ -644,9 +644,12 @@ def test_same_batches_and_weights(cwd, reference, place):
     assert first == reference.values("loss")[1] == still and seed != first
 
 
-def test_bfloat16(cwd):
-    """Weights, state and losses stay float32 while the products are bfloat16."""
+def test_bfloat16(cwd, place):
+    """Weights, state and losses stay float32 while the products are bfloat16, on two processes as on one."""
     run = Run(cwd, dtype="bfloat16").wait()
+    two = Run(place("two"), processes=2, dtype="bfloat16").wait()
+    assert two.values("loss") == pytest.approx(run.values("loss"), abs=5e-3)
+    assert two.values("loss")[1] == pytest.approx(run.values("loss")[1], abs=1e-5)
     assert all(v.dtype == torch.float32 for k, v in flat(run.checkpoint()).items() if isinstance(v, torch.Tensor))
     assert run.values("loss")[12] < run.values("loss")[1] - 0.5
 

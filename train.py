@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -302,8 +302,10 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
         mesh = init_device_mesh(torch.device(cfg.device).type, (copies(cfg), WORLD_SIZE // copies(cfg)),
                                 mesh_dim_names=("replicate", "shard"))
         mesh = mesh if copies(cfg) > 1 else mesh["shard"]
+        # Autocast would gather float32 and keep a bfloat16 copy of all blocks on every process until the backward pass.
+        policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
     return model
 

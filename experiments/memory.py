@@ -5,10 +5,11 @@ tensors that have shapes but no memory.
     python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_head=64 --n_embd=8192 --batch_size=1
     torchrun --standalone --nproc_per_node=4 experiments/memory.py configs/125m_sf.py --measure     really, on the CPU
 
-Counted for one process, without what an allocator wastes, for blocks that are not compiled. Weights, gradients, state and
-the step's workspace are divided by the processes that share a copy of the model (--shard_size, or all). The passes take the
-activations of batch_size sequences, and the embedding and two blocks with their gradients, which then exist whole; they
-and the step come one after the other, so the larger one counts.
+Counted for one process, without what an allocator wastes, for blocks that are not compiled and products in bfloat16.
+Weights, gradients, state and the step's workspace are divided by the processes that share a copy of the model
+(--shard_size, or all). The passes take the activations of batch_size sequences; where the model is shared, also the
+embedding and two blocks with their gradients, which then exist whole, and where it is not, a copy of the weights in
+bfloat16. Passes and step come one after the other, so the larger one counts.
 """
 import os
 import sys
@@ -34,10 +35,10 @@ def size(tensors) -> int:
 
 
 def peak(work, *owned) -> int:
-    """Bytes that `work` needs at its peak, beyond what a model and an optimizer own already."""
+    """Bytes that `work` needs at its peak, beyond what a model, its gradients and an optimizer take already."""
     tracker = MemTracker()
     tracker.track_external(*owned)
-    before = sum(size(p for p in o.parameters()) for o in owned if isinstance(o, torch.nn.Module))
+    before = tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
     with tracker:
         work()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
@@ -45,10 +46,16 @@ def peak(work, *owned) -> int:
 
 def activations(cfg: train.Config, n_layer: int) -> int:
     model, idx = build(cfg, n_layer), torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long)
+    if train.WORLD_SIZE > 1:
+        for p in model.hidden_matrices():  # as fully_shard gathers them
+            p.data = p.data.bfloat16()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
 
     def work():
         with torch.autocast("cpu", torch.bfloat16):
-            model(idx, idx).backward()
+            loss = model(idx, idx)
+        loss.backward()
     return peak(work, model)
 
 
@@ -63,8 +70,9 @@ def measure(cfg: train.Config) -> tuple[dict[str, float], int]:
             p.grad = torch.empty_like(p)
         optimizer.step()
         state = size(t for s in optimizer.state.values() for t in s.values())
-        workspace = peak(optimizer.step, model, optimizer) - weights - state
-        whole = 2 * (size(model.wte.parameters()) + 2 * size(model.blocks[0].parameters())) if train.WORLD_SIZE > 1 else 0
+        workspace = peak(optimizer.step, model, optimizer)
+        # In float32 the embedding and its gradient; of two blocks 2 bytes for weights, 4 for gradients on their way
+        whole = 2 * size(model.wte.parameters()) + 3 * size(model.blocks[0].parameters()) if train.WORLD_SIZE > 1 else 0
     share = train.WORLD_SIZE // train.copies(cfg)
     passes, step = two + (cfg.n_layer - 2) * (three - two) + whole, workspace / share
     n = weights // 4
