@@ -38,7 +38,8 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
         return G.clone()
     iterate = _compiled() if G.is_cuda else _iterate
     X = G.to(dtype or _default_dtype(G))
-    return iterate(X.reshape(-1, *G.shape[-2:]), steps).reshape(G.shape).to(G.dtype)
+    X = iterate(X.reshape(-1, *G.shape[-2:]), steps).reshape(G.shape)
+    return X.to(G.dtype, memory_format=torch.contiguous_format).contiguous()  # one copy at most
 
 
 def _default_dtype(G: Tensor) -> torch.dtype:
@@ -52,13 +53,30 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
         X = X.mT
     tiny = torch.finfo(X.dtype).tiny
     # The largest entry first, because the squares of small or large gradients leave the range of the dtype.
-    X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
-    X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=tiny)
-    for _ in range(steps):  # X ← a X + b (XXᵀ) X + c (XXᵀ)² X
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+    X = X / torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    X /= torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    if 2 * X.size(-2) <= X.size(-1):
+        # The same in m x m, with two products of X: rounding grows with A, so begin anew from X before it matters.
+        restart = 3 if X.dtype.itemsize == 2 else 5
+        for done in range(0, steps, restart):
+            X = _polynomial(X @ X.mT, min(restart, steps - done), a, b, c) @ X
+    else:
+        for _ in range(steps):  # X ← a X + b (XXᵀ) X + c (XXᵀ)² X
+            A = X @ X.mT
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
+
+
+def _polynomial(A: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
+    """Q of X ← Q X in `steps` iterations, from A = XXᵀ alone: p = aI + bA + cA², X ← pX, and so A ← pAp."""
+    Q = None
+    for left in reversed(range(steps)):
+        p = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = p if Q is None else p @ Q
+        A = p @ A @ p if left else A
+    return Q
 
 
 @functools.cache
@@ -121,12 +139,15 @@ def normuon_direction(Ms: list[Tensor], vs: list[Tensor], beta2: float, eps: flo
     Ms: momenta, (m, n) each. vs: second moments of the rows, (m, 1) each, updated in place (beta2=1 keeps them).
     """
     P = polar(Ms, steps, dtype)
+    squares = torch.linalg.vector_norm(P, dim=-1, keepdim=True).square()  # of each row of P, then of P̂
+    factor = torch.full_like(squares, 0.2 * math.sqrt(Ms[0].numel()))
     if normalize_rows:
         vs = local(vs)
-        torch._foreach_lerp_(vs, list(P.square().mean(-1, keepdim=True).unbind()), 1 - beta2)
-        P = P / (torch.stack(vs).sqrt() + eps)
-    norm = matrix_sum(P.square(), Ms[0]).sqrt()
-    return P * (0.2 * math.sqrt(Ms[0].numel()) / norm.clamp(min=torch.finfo(P.dtype).tiny))
+        torch._foreach_lerp_(vs, list((squares / P.size(-1)).unbind()), 1 - beta2)
+        root = torch.stack(vs).sqrt() + eps
+        squares, factor = squares / root.square(), factor / root
+    norm = matrix_sum(squares, Ms[0]).sqrt()
+    return P.mul_(factor / norm.clamp(min=torch.finfo(P.dtype).tiny ** 0.5))
 
 
 def adam_denominator(v: list[Tensor], g: list[Tensor], beta2: float, t: int, eps: float) -> list[Tensor]:
@@ -276,9 +297,9 @@ class SFNorMuon(ScheduleFree):
             c = lr * lr / group["weight_sum"]
             if group["use_muon"]:
                 for bucket in same_shape(params):
-                    self._move(group, bucket, self._matrix_step(group, bucket, lr), lr, c)
+                    self._move(group, bucket, self._matrix_direction(group, bucket), lr, c)
             else:
-                self._move(group, params, self._adamw_step(group, params, lr), lr, c)
+                self._move(group, params, self._adamw_direction(group, params), lr, c)
         return loss
 
     def _init_state(self, p, use_muon):
@@ -292,30 +313,24 @@ class SFNorMuon(ScheduleFree):
         else:
             state["exp_avg_sq"] = torch.zeros_like(p)
 
-    def _matrix_step(self, group, params, lr):
+    def _matrix_direction(self, group, params):
         Ms = self._states(params, "momentum_buffer")
         torch._foreach_lerp_(local(Ms), local([p.grad for p in params]), 1 - group["momentum"])
-        direction = self._direction(group, params, group["betas"][1])
-        return list((lr * direction).unbind())
+        return list(self._direction(group, params, group["betas"][1]).unbind())
 
     def _direction(self, group, params, beta2):
         return normuon_direction(
             self._states(params, "momentum_buffer"), self._states(params, "row_second_moment"), beta2, group["eps"],
             group["ns_steps"], group["ns_dtype"], group["normalize_rows"])
 
-    def _adamw_step(self, group, params, lr):
-        step = self._adamw_direction(group, params)
-        torch._foreach_mul_(step, lr)
-        return step
-
     def _move(self, group, params, u, lr, c):
-        """z ← z - u, the average and y = (1-β1) z + β1 x, with x eliminated: the parameter goes from y to y."""
+        """z ← z - η_t u, the average and y = (1-β1) z + β1 x, with x eliminated: the parameter goes from y to y."""
         y, z, beta1 = local(params), local(self._states(params, "z")), group["betas"][0]
         if group["decay_at"] != "none":
-            torch._foreach_add_(u, z if group["decay_at"] == "z" else y, alpha=lr * group["weight_decay"])
-        torch._foreach_lerp_(y, z, c)  # y ← (1-c) y + c z - (1 - β1 (1-c)) u, with the old z
-        torch._foreach_add_(y, u, alpha=-(1 - beta1 * (1 - c)))
-        torch._foreach_sub_(z, u)
+            torch._foreach_add_(u, z if group["decay_at"] == "z" else y, alpha=group["weight_decay"])
+        torch._foreach_lerp_(y, z, c)  # y ← (1-c) y + c z - (1 - β1 (1-c)) η_t u, with the old z
+        torch._foreach_add_(y, u, alpha=-lr * (1 - beta1 * (1 - c)))
+        torch._foreach_add_(z, u, alpha=-lr)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
