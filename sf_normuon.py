@@ -50,7 +50,7 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = X.size(-2) > X.size(-1)
     if tall:  # the products X Xᵀ are then of the smaller size
-        X = X.mT
+        X = X.mT.contiguous()
     tiny = torch.finfo(X.dtype).tiny
     # The largest entry first, because the squares of small or large gradients leave the range of the dtype.
     X = X / torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True).clamp(min=tiny)
