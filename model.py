@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at the same time while the loss is computed
 
@@ -83,6 +82,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.cross_entropy = cross_entropy  # train.py may compile it, as it does the blocks
         for name, p in self.named_parameters():
             if p.ndim == 2:  # as GPT-2: what adds to the residual stream starts smaller, the more layers there are
                 residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -101,7 +101,8 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.wte.weight)
-        return mean_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+        return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.cross_entropy,
+                                      torch.is_grad_enabled())
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weight matrices inside the blocks, for which Muon and its relatives are made."""
@@ -132,17 +133,40 @@ class GPT(nn.Module):
         return idx
 
 
-def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """x (N, n_embd), weight (vocab_size, n_embd), targets (N,), -1 where there is none. The logits of 50304 words in
-    float32 would be the largest tensor of the run, so they exist for LOSS_CHUNK tokens at a time, and the backward pass
-    computes them again."""
-    chunks = list(zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
-    if len(chunks) == 1:
-        total = sum_cross_entropy(x, weight, targets)
-    else:
-        total = sum(checkpoint(sum_cross_entropy, a, weight, b, use_reentrant=False) for a, b in chunks)
-    return total / (targets >= 0).sum().clamp(min=1)
+class MeanCrossEntropy(torch.autograd.Function):
+    """x (N, n_embd), weight (vocab_size, n_embd), targets (N,), -1 where there is none: the mean loss, a float32 scalar.
+
+    The logits of 50304 words would be the largest tensor of the run, so they exist for LOSS_CHUNK tokens at a time; and
+    so that none is computed twice, the forward pass makes the gradients too, unless they are not wanted.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cross_entropy, grad):
+        losses, dx, dW = [], torch.empty_like(x) if grad else None, None
+        count = (targets >= 0).sum().clamp(min=1)
+        for first in range(0, x.size(0), LOSS_CHUNK):
+            rows = slice(first, first + LOSS_CHUNK)
+            loss, dlogits = cross_entropy(F.linear(x[rows], weight), targets[rows], count, grad)
+            losses.append(loss)
+            if grad:
+                dx[rows] = dlogits @ weight
+                part = dlogits.mT @ x[rows]
+                dW = part.to(weight.dtype) if dW is None else dW.add_(part)
+        ctx.save_for_backward(dx, dW)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dW = ctx.saved_tensors
+        return dx.mul_(dloss), dW.mul_(dloss), None, None, None
 
 
-def sum_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction="sum")
+def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the losses over `count`, and its gradient with respect to the logits (N, vocab_size), in their dtype."""
+    valid, targets = targets >= 0, targets.clamp(min=0)[:, None]
+    logp = logits.float().log_softmax(-1)
+    loss = -(logp.gather(-1, targets)[:, 0] * valid).sum() / count
+    if not grad:
+        return loss, None
+    dlogits = logp.exp_().scatter_add_(-1, targets, logp.new_full(targets.shape, -1.0)).mul_((valid / count)[:, None])
+    return loss, dlogits.to(logits.dtype)

@@ -316,6 +316,8 @@ def copies(cfg: Config) -> int:
 
 
 def wrap_blocks(cfg: Config, model: GPT) -> None:
+    if cfg.compile:
+        model.cross_entropy = torch.compile(model.cross_entropy)
     for block in model.blocks:  # only the forward function is compiled: names of parameters stay as they are
         if cfg.compile:
             block.forward = torch.compile(block.forward)
@@ -331,6 +333,31 @@ def get_batch(cfg: Config, data: TokenBatches, positions: range) -> tuple[torch.
     if torch.device(cfg.device).type == "cuda":  # pinned memory, so that the copy runs beside the computation
         return tuple(t.pin_memory().to(cfg.device, non_blocking=True) for t in batch)
     return tuple(t.to(cfg.device) for t in batch)
+
+
+def gradient(cfg: Config, model: GPT, data: TokenBatches, batch: int, autocast, stop: bool) -> tuple[float, float, bool]:
+    """Fills p.grad with the gradient of the mean loss over the global batch 0, 1, ..., clipped. Returns that loss, the norm
+    before clipping, and whether any process was asked to stop."""
+    sequences = cfg.total_batch_tokens // cfg.block_size  # over all processes
+    accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
+    loss = torch.zeros((), device=cfg.device)
+    for micro in range(accumulation):
+        first = batch * sequences + (micro * WORLD_SIZE + RANK) * cfg.batch_size
+        x, y = get_batch(cfg, data, range(first, first + cfg.batch_size))
+        with autocast:
+            micro_loss = model(x, y) / accumulation
+        micro_loss.backward()  # processes are averaged by fully_shard
+        loss += micro_loss.detach()
+    grads = local([p.grad for p in model.parameters()])
+    squares = torch.stack(torch._foreach_norm(grads)).square().sum() / copies(cfg)
+    stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(stop), device=cfg.device)])
+    if WORLD_SIZE > 1:
+        dist.all_reduce(stats)
+    loss, squares, stopping = stats.tolist()
+    norm = math.sqrt(squares) if squares >= 0 else math.nan
+    if cfg.grad_clip and cfg.grad_clip < norm < math.inf:
+        torch._foreach_mul_(grads, cfg.grad_clip / norm)
+    return loss, norm, bool(stopping)
 
 
 @torch.no_grad()
@@ -505,7 +532,6 @@ def main(argv: list[str]) -> None:
     optimizer = build_optimizer(cfg, model)
     schedule_free = hasattr(optimizer, "eval")
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    params = list(model.parameters())
     steps = max(1, cfg.max_tokens // cfg.total_batch_tokens) if cfg.max_tokens else 0
 
     out_dir = Path(cfg.out_dir)
@@ -534,8 +560,6 @@ def main(argv: list[str]) -> None:
         signal.signal(number, lambda received, frame: stop.append(received))
     if schedule_free:
         optimizer.train()
-    sequences = cfg.total_batch_tokens // cfg.block_size  # in a step, over all processes
-    accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
     flops, peak = model.flops_per_token(), peak_flops(cfg)
     log = open(out_dir / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
     bar = tqdm(total=steps * cfg.total_batch_tokens or None, initial=step * cfg.total_batch_tokens, unit="tok",
@@ -546,27 +570,10 @@ def main(argv: list[str]) -> None:
     clock = time.perf_counter()
     while True:
         step += 1
-        # One step: the gradient at y, over micro-batches and processes
-        loss = torch.zeros((), device=cfg.device)
-        for micro in range(accumulation):
-            first = (step - 1 - data_step) * sequences + (micro * WORLD_SIZE + RANK) * cfg.batch_size
-            x, y = get_batch(cfg, train_data, range(first, first + cfg.batch_size))
-            with autocast:
-                micro_loss = model(x, y) / accumulation
-            micro_loss.backward()  # processes are averaged by fully_shard
-            loss += micro_loss.detach()
-        grads = local([p.grad for p in params])
-        squares = torch.stack(torch._foreach_norm(grads)).square().sum() / copies(cfg)
-        stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(bool(stop)), device=cfg.device)])
-        if WORLD_SIZE > 1:
-            dist.all_reduce(stats)
-        loss, squares, stopping = stats.tolist()
-        norm = math.sqrt(squares) if squares >= 0 else math.nan
+        loss, norm, stopping = gradient(cfg, model, train_data, step - 1 - data_step, autocast, bool(stop))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Failure(f"step {step}: loss {loss}, norm of the gradient {norm}: stopped before the step was taken; "
                           f"the last checkpoint, if there is one, is {ckpt}")
-        if cfg.grad_clip and norm > cfg.grad_clip:
-            torch._foreach_mul_(grads, cfg.grad_clip / norm)
         factor = lr_factor(cfg, step, steps)
         if not schedule_free:  # those warm up by themselves
             for group, lr in zip(optimizer.param_groups, base_lrs):
