@@ -555,6 +555,28 @@ def test_processes(cwd, reference, n, by):
     assert run.out.count("finished: the model is in") == 1 and f"{n} processes" in run.out
 
 
+def test_nothing_is_compiled_after_the_first_steps(cwd, data, monkeypatch):
+    """By torch's own count of compiled graphs; without the compiler's code generation, which has no part in that."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    cfg = train.Config(**TINY | dict(compile=True, dtype="bfloat16", data_dir=str(data)))
+    batches, val, _, vocab_size = train.open_data(cfg)
+    model = train.build_model(cfg, vocab_size)
+    optimizer = train.build_optimizer(cfg, model)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for step in range(8):
+        train.gradient(cfg, model, batches, step, autocast, False)
+        optimizer.step()
+        model.zero_grad()
+        if step in (2, 5):
+            train.evaluate(cfg, model, val, autocast)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] and graphs[2:] == [graphs[2]] * 6
+
+
 COMPILED = dict(n_layer=1, eval_interval=99, max_tokens=3 * BATCH)
 
 

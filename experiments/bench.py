@@ -3,7 +3,7 @@
     python experiments/bench.py step [--size=772m] [--dtype=bfloat16] [--layers=2]     one step of the optimizer
     python experiments/bench.py train [--layers=2] [--tokens=2048]                     one step of training, and its memory
     python experiments/bench.py start                                                  from the command to the first step
-    python experiments/bench.py loop [--layers=2]                                      data, evaluation, checkpoints
+    python experiments/bench.py loop                                                   data, evaluation, checkpoints
     python experiments/bench.py scaling                                                by count: 125M, 772M, 7B on 1, 8, 64 GPUs
 
 On a GPU where there is one, with all layers unless told otherwise.
@@ -271,8 +271,8 @@ def loop(args) -> None:
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
         for split in ("train", "val"):
             write_shard(f"{folder}/x_{split}_000000.bin", np.random.default_rng(0).integers(50257, size=10**7))
-        cfg = train.Config(data_dir=folder, n_layer=layers, n_head=heads, n_embd=width, batch_size=4, eval_tokens=8192,
-                           total_batch_tokens=8192, dtype=args.dtype, compile=False)
+        cfg = train.Config(data_dir=folder, n_layer=layers, n_head=heads, n_embd=width, batch_size=1, eval_tokens=1024,
+                           total_batch_tokens=1024, dtype=args.dtype, compile=False)
         train_data, val_data, _, vocab_size = train.open_data(cfg)
         model = train.build_model(cfg, vocab_size)
         optimizer = train.build_optimizer(cfg, model)
@@ -298,17 +298,17 @@ def loop(args) -> None:
                 os.fsync(file.fileno())
 
         training()
-        times = take_turns({"training, 8192 tokens": training,
-                            "data, 8192 tokens": lambda: [train.get_batch(cfg, train_data, range(4 * i, 4 * i + 4)) for i in range(2)],
-                            "evaluation, 8192 tokens": lambda: train.evaluate(cfg, model, val_data, autocast),
+        times = take_turns({"training, 1024 tokens": training,
+                            "data, 1024 tokens": lambda: train.get_batch(cfg, train_data, [next(batch)]),
+                            "evaluation, 1024 tokens": lambda: train.evaluate(cfg, model, val_data, autocast),
                             "a checkpoint": saving, "a plain write of as many bytes": writing}, args.rounds)
         table(f"The loop at {args.size}, {args.dtype}, {where()}", ["", "seconds", "of a step"],
-              [[name, t, t / times["training, 8192 tokens"]] for name, t in times.items()])
+              [[name, t, t / times["training, 1024 tokens"]] for name, t in times.items()])
         whole = train.Config()
-        step_time = times["training, 8192 tokens"] * whole.total_batch_tokens / 8192
-        shares = {"evaluation": times["evaluation, 8192 tokens"] * whole.eval_tokens / 8192 / whole.eval_interval,
+        step_time = times["training, 1024 tokens"] * whole.total_batch_tokens / 1024
+        shares = {"evaluation": times["evaluation, 1024 tokens"] * whole.eval_tokens / 1024 / whole.eval_interval,
                   "checkpoints": times["a checkpoint"] / whole.checkpoint_interval,
-                  "data": times["data, 8192 tokens"] * whole.total_batch_tokens / 8192}
+                  "data": times["data, 1024 tokens"] * whole.total_batch_tokens / 1024}
         table("As a share of a run with the default intervals and batch", ["", "percent"],
               [[name, 100 * t / step_time] for name, t in shares.items()])
 
