@@ -451,11 +451,12 @@ def load_weights(cfg: Config, model: GPT) -> None:
     restore(saved, model)
 
 
-def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, train_time: float, data_step: int) -> None:
+def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, tokenizer: str, step: int, train_time: float,
+                    data_step: int) -> None:
     """The optimizer is in eval mode, so the model in the checkpoint is x."""
     content = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "model_config": asdict(model.config),
-               "config": asdict(cfg), "step": step, "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time,
-               "data_step": data_step}
+               "config": asdict(cfg), "tokenizer": tokenizer, "step": step, "tokens": step * cfg.total_batch_tokens,
+               "train_time_s": train_time, "data_step": data_step}
     together(lambda: save(path, content, first=RANK == 0))
 
 
@@ -606,7 +607,7 @@ def main(argv: list[str]) -> None:
                 if RANK == 0:
                     tqdm.write(f"step {step}: validation loss {val_loss:.4f}, {train_time:.0f} s of training")
             if saving:
-                save_checkpoint(cfg, ckpt, model, optimizer, step, train_time, data_step)
+                save_checkpoint(cfg, ckpt, model, optimizer, meta["tokenizer"], step, train_time, data_step)
             if last or stopping:
                 break
             if schedule_free:

@@ -1,0 +1,155 @@
+"""What a user does next: sample, export, evaluate, and take the optimizer elsewhere."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import sample
+from model import GPT, GPTConfig
+from prepare_fineweb import get_tokenizer
+from test_data import needs_gpt2
+from test_train import ENV, Run, cwd, data, place, small, tokens, tree  # among them fixtures
+
+REPO = Path(__file__).resolve().parent
+BOTH = pytest.mark.parametrize("name", ["byte", pytest.param("gpt2", marks=needs_gpt2)])
+
+
+@pytest.fixture(scope="session")
+def finished(place):
+    """A run of train.py on bytes."""
+    return Run(place("finished")).wait()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls a script's main() with arguments: its status, what it printed, and what it complained about."""
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+        try:
+            status = main() or 0
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+    return call
+
+
+# ---------------------------------------------------------------- sampling
+
+def test_cache(small, monkeypatch):
+    """Computing each token once gives the tokens that computing all of them again gives, also past block_size."""
+    lengths, forward, idx = [], GPT.forward, torch.randint(0, 96, (2, 5))
+    again = idx
+    for _ in range(60):
+        again = torch.cat((again, small(again[:, -48:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+    monkeypatch.setattr(GPT, "forward", lambda self, idx, **k: lengths.append(idx.size(1)) or forward(self, idx, **k))
+    assert torch.equal(small.generate(idx, 60, temperature=0), again)
+    assert lengths == [5] + 43 * [1] + 16 * [48]
+
+
+def test_top_p(small):
+    """The fewest tokens that together have at least top_p, after temperature and top_k, and only those."""
+    idx = torch.randint(0, 96, (3, 5))
+    for top_p, top_k, temperature in ((0.3, None, 1.0), (0.6, 8, 2.0), (1e-9, None, 1.0), (1.0, 3, 1.0)):
+        draws = torch.cat([small.generate(idx, 1, top_p=top_p, top_k=top_k, temperature=temperature)[:, -1:] for _ in range(400)], 1)
+        for row, logits in zip(draws, small(idx)[:, -1].double()):
+            likeliest = sorted(((logits[i] / temperature).exp().item(), i) for i in range(96))[::-1][:top_k]
+            total, fewest, share = sum(p for p, _ in likeliest), {}, 0.0
+            for p, i in likeliest:
+                if share < top_p:
+                    fewest[i], share = p / total, share + p / total
+            assert {*row.tolist()} <= fewest.keys()
+            for i, p in fewest.items():  # 400 draws, 5 standard deviations
+                assert abs((row == i).float().mean() - p / share) <= 5 * math.sqrt(p / share * (1 - p / share) / 400) + 1e-9
+
+
+class Says:
+    """Stands for a model that gives these tokens."""
+
+    def __init__(self, tokens):
+        self.tokens, self.wte = tokens, torch.nn.Embedding(1, 1)
+
+    def stream(self, idx, vocab_size):
+        self.prompt = idx.tolist()
+        yield from (torch.tensor([[token]]) for token in self.tokens)
+
+
+@BOTH
+def test_stream_text(name):
+    """No character is cut, though its bytes are in several tokens; the end of the document ends the text."""
+    tokenizer = get_tokenizer(name)
+    text = "naïve 🙂🜁 日本\n"
+    tokens = tokenizer.encode(text).tolist()
+    assert len([t for t in tokens if b"\x80" <= tokenizer.symbols[t][:1]]) > 5
+    model = Says([*tokens, tokenizer.eot, *tokens])
+    pieces = [*sample.stream_text(model, tokenizer, [1, 2], 100)]
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and len(pieces) == len(tokens) + 1
+    assert model.prompt == [[tokenizer.eot, 1, 2]]
+    assert "".join(sample.stream_text(model, tokenizer, [], 5)) == tokenizer.decode(tokens[:5])
+    assert "".join(tokenizer.symbols[t].decode("utf-8", "replace") for t in tokens) != text
+
+
+def test_sample(finished, call):
+    folder, ckpt = finished.folder, finished.folder / "ckpt.pt"
+    status, out, err = call(sample.main, folder, "--prompt=def main(", "--tokens=30")
+    assert (status, err) == (0, "") and out.startswith("def main(") and 10 < len(out) <= 40
+    assert call(sample.main, ckpt, "--prompt=def main(", "--tokens=30")[1] == out
+    assert call(sample.main, ckpt, "--prompt=def main(", "--tokens=30", "--seed=1")[1] != out
+    (folder.parent / "start.txt").write_text("def main(")
+    assert call(sample.main, ckpt, f"--prompt=FILE:{folder.parent / 'start.txt'}", "--tokens=30")[1] == out
+    three = call(sample.main, ckpt, "--samples=3", "--tokens=20")[1].split("\n---------------\n")
+    assert len(three) == 3 and len({*three}) > 1
+    greedy = [call(sample.main, ckpt, "--tokens=20", *more)[1] for more in (["--temperature=0"], ["--top_k=1"], ["--top_p=1e-6"])]
+    assert greedy[0] == greedy[1] == greedy[2]
+
+
+def test_tokenizer_of_a_checkpoint(finished, tmp_path, monkeypatch):
+    """From the checkpoint; an old one's from its data, or else by the number of words."""
+    saved = finished.checkpoint()
+    assert saved["tokenizer"] == "byte"
+    asked = []
+    monkeypatch.setattr(sample, "get_tokenizer", lambda name: asked.append(name) or get_tokenizer("byte"))
+    for number, change in enumerate([{}, {"tokenizer": "other"}, {"tokenizer": None}, {"tokenizer": None, "config": {"data_dir": "x"}}]):
+        torch.save({**saved, **change}, tmp_path / f"{number}.pt")
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/meta.json").write_text('{"tokenizer": "third", "vocab_size": 1}')
+    for number in range(4):
+        sample.load_run(tmp_path / f"{number}.pt")
+    assert asked == ["byte", "other", "third", "byte"]
+
+
+@pytest.mark.parametrize("argv, status, words", [
+    (["nowhere"], 2, "nowhere"), (["noise.pt"], 1, "noise.pt"), (["other.pt"], 1, "other.pt"), (["run", "--prompt="], 2, "prompt"),
+    (["run", "--temperature=-1"], 2, "temperature"), (["run", "--temperature=nan"], 2, "temperature"), (["run", "--top_p=0"], 2, "top_p"),
+    (["run", "--top_p=1.5"], 2, "top_p"), (["run", "--top_k=0"], 2, "top_k"), (["run", "--tokens=0"], 2, "tokens"),
+    (["run", "--samples=0"], 2, "samples"), (["run", "--seed=-1"], 2, "seed"), (["run", "--tokens=x"], 2, "tokens"),
+    (["run", "--device=abacus"], 2, "abacus"), (["run", "--prompt=FILE:nowhere"], 2, "nowhere"),
+    (["run", "--prompt=FILE:noise.pt"], 2, "noise.pt"), (["run", "--topp=1"], 2, "topp"), ([], 2, "run"),
+    (["tokenizer.pt"], 1, "abacus"), pytest.param(["words.pt"], 1, "gpt2", marks=needs_gpt2)], ids=str)
+def test_sample_asked_wrongly(finished, tmp_path, monkeypatch, call, argv, status, words):
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(finished.folder)
+    Path("noise.pt").write_bytes(np.random.default_rng(0).bytes(1000))
+    saved = finished.checkpoint()
+    torch.save({**saved, "model": {}}, "other.pt")
+    torch.save({**saved, "tokenizer": "abacus"}, "tokenizer.pt")
+    torch.save({**saved, "tokenizer": "gpt2"}, "words.pt")
+    got, out, err = call(sample.main, *argv)
+    assert (got, out) == (status, "") and words in err and err.count("\n") == 1 and len(err) < 400, (got, err)
+
+
+def test_sample_streams(finished):
+    """The command; a reader that has seen enough ends it quietly."""
+    process = subprocess.Popen([sys.executable, REPO / "sample.py", finished.folder, "--tokens=1000000"], env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert len(process.stdout.read(20)) == 20 and process.poll() is None
+    process.stdout.close()
+    assert process.wait(60) != 0 and process.stderr.read() == b""
