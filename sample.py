@@ -62,7 +62,7 @@ def stream_text(model, tokenizer, prompt, tokens, **sampling):
 
 
 def fail(message, status=2):
-    print("sample.py:", *str(message).split(), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 

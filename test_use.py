@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import export_hf
 import sample
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
-from test_data import needs_gpt2
+from test_data import TIKTOKEN, needs_gpt2
 from test_train import ENV, Run, cwd, data, place, small, tokens, tree  # among them fixtures
 
 REPO = Path(__file__).resolve().parent
@@ -153,3 +154,68 @@ def test_sample_streams(finished):
     assert len(process.stdout.read(20)) == 20 and process.poll() is None
     process.stdout.close()
     assert process.wait(60) != 0 and process.stderr.read() == b""
+
+
+# ---------------------------------------------------------------- export
+
+def text_for(name):
+    """What a tokenizer can stumble over: many languages, blanks, and for GPT-2 real English where it is at hand."""
+    texts = ["def main(x):\n    return 'naïve 🙂🜁 日本'\r\n\t\x00", " don't  a , b . n't  \n\n ", "", "\u00a0\u2028é ", "a" * 1000]
+    wikitext = Path(TIKTOKEN).parent / "data/wikitext2.parquet"
+    if wikitext.exists():
+        import pyarrow.parquet
+        texts += pyarrow.parquet.read_table(wikitext)["text"].to_pylist()[:1500]
+    return texts
+
+
+@BOTH
+def test_export(finished, tmp_path, call, name):
+    """transformers loads it by itself: our logits, our tokens, our text."""
+    transformers = pytest.importorskip("transformers")
+    saved, run, tokenizer = finished.checkpoint(), finished.folder, get_tokenizer(name)
+    if name == "gpt2":
+        torch.manual_seed(0)
+        gpt, run = GPT(GPTConfig(50304, 16, 1, 2, 8)), tmp_path / "gpt2.pt"
+        torch.save({**saved, "model": gpt.state_dict(), "model_config": vars(gpt.config), "tokenizer": "gpt2"}, run)
+    assert call(export_hf.main, run, tmp_path / "a/out")[0] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a/out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a/out")
+    gpt, _, _ = sample.load_run(run)
+    assert type(model).__name__ == "ArceeForCausalLM" and model.dtype == torch.float32 and len(theirs) == tokenizer.vocab_size
+    idx = torch.randint(0, tokenizer.vocab_size, (2, gpt.config.block_size))
+    logits = model(idx).logits
+    assert logits.shape == (*idx.shape, gpt.config.vocab_size) and (logits - gpt(idx)).abs().max() < 1e-5
+    for config in (model.config, model.generation_config, theirs):
+        assert config.eos_token_id == config.bos_token_id == tokenizer.eot
+    for text in text_for(name):
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.encode(text).tolist(), text
+        assert theirs.decode(ids) == text
+    assert theirs.decode([tokenizer.eot]) == "<|endoftext|>"
+    card = (tmp_path / "a/out/README.md").read_text()
+    assert f"{sum(p.numel() for p in gpt.parameters()):,}" in card and f"{saved['tokens']:,}" in card and '"optimizer": "sf_normuon"' in card
+    if name == "byte":
+        loss = list(finished.values("val_loss").values())[-1]
+        assert f"{loss:.4f} nats" in card and f"{math.exp(loss):.2f}" in card
+        greedy = model.generate(idx[:1, :5], max_new_tokens=20, do_sample=False)
+        assert torch.equal(greedy, gpt.generate(idx[:1, :5], greedy.size(1) - 5, temperature=0, vocab_size=257))
+
+
+def test_export_spares_what_is_there(finished, tmp_path, call):
+    pytest.importorskip("transformers")
+    for name, content in (("README.md", "mine"), ("config.json", "{}")):
+        (tmp_path / name).write_text(content)
+        before = tree(tmp_path)
+        status, out, err = call(export_hf.main, finished.folder, tmp_path)
+        assert status == 2 and not out and err.count("\n") == 1 and "not an earlier export" in err and tree(tmp_path) == before
+    assert call(export_hf.main, finished.folder, finished.folder)[0] == 2
+    assert call(export_hf.main, finished.folder, tmp_path / "config.json")[0] == 2
+    (tmp_path / "noise.pt").write_bytes(bytes(1000))
+    for bad, expected in (("nowhere", 2), (tmp_path / "noise.pt", 1)):
+        status, out, err = call(export_hf.main, bad, tmp_path / "out")
+        assert status == expected and not out and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    for _ in range(2):
+        assert call(export_hf.main, finished.folder / "ckpt.pt", tmp_path / "out")[0] == 0
+        (tmp_path / "out/model.safetensors").write_bytes(b"")
+    call(export_hf.main, finished.folder / "ckpt.pt", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 1000
