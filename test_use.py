@@ -3,6 +3,9 @@ import json
 import math
 import os
 import re
+import runpy
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from safetensors.torch import load_file
 
 import export_hf
 import sample
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
 from test_data import TIKTOKEN, needs_gpt2
-from test_train import ENV, Run, cwd, data, place, small, tokens, tree  # among them fixtures
+from test_train import ENV, FORKS, Run, assert_same, cwd, data, place, small, tokens, torchrun, tree  # among them fixtures
 
 REPO = Path(__file__).resolve().parent
 BOTH = pytest.mark.parametrize("name", ["byte", pytest.param("gpt2", marks=needs_gpt2)])
@@ -219,3 +222,80 @@ def test_export_spares_what_is_there(finished, tmp_path, call):
         (tmp_path / "out/model.safetensors").write_bytes(b"")
     call(export_hf.main, finished.folder / "ckpt.pt", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- the optimizer elsewhere
+
+def test_loop_of_readme():
+    """The snippet trains, and its model is good."""
+    snippet = re.search(r"## In your own loop.*?```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)[1]
+    torch.manual_seed(0)
+    scope = {}
+    exec(snippet, scope)
+    x = torch.randn(1000, 8)
+    with torch.no_grad():
+        error = (scope["model"](x) - x.sin().sum(1, keepdim=True)).square().mean()
+    assert error < 0.5 < 3 < x.sin().sum(1).var() and not scope["opt"].param_groups[0]["train_mode"]
+
+
+def test_trainer(tmp_path):
+    """Checkpoints hold x, also without an evaluation before them, and training goes on from them exactly."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def trained(out):
+        command = [sys.executable, REPO / "examples/hf_trainer.py", out, "12"]
+        result = subprocess.run(command, env={**ENV, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return float(result.stdout.split()[-1])
+
+    def checkpoint(out, step):
+        model = load_file(out / f"checkpoint-{step}/model.safetensors")
+        return {"model": model, "optimizer": torch.load(out / f"checkpoint-{step}/optimizer.pt", weights_only=True)}
+
+    whole = trained(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/checkpoint-8", tmp_path / "cut/checkpoint-8")  # as if it had been killed after step 8
+    assert trained(tmp_path / "cut") == whole
+    a, b = checkpoint(tmp_path / "whole", 12), checkpoint(tmp_path / "cut", 12)
+    assert_same(a, b, parts=["model", "optimizer"])
+    for step in (4, 8, 12):
+        groups = checkpoint(tmp_path / "whole", step)["optimizer"]["param_groups"]
+        assert {(g["step"], g["train_mode"], g["lr"]) for g in groups} == {(step, False, 0.02)}
+
+
+def run_example(path, argv, environment):
+    """In a forked process: become `python path argv`."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [path, *argv]
+    runpy.run_path(path, run_name="__main__")
+
+
+def test_fsdp2(tmp_path):
+    """A run that goes on, on as many processes or on others, is the uninterrupted run."""
+    def trained(out, n, by="fork"):
+        argv, path = [str(tmp_path / out), "12"], str(REPO / "examples/fsdp2.py")
+        if by == "torchrun":
+            return subprocess.run([*torchrun(n), path, *argv], env=ENV, check=True, timeout=300)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        forks = [FORKS.Process(target=run_example, args=(path, argv, {**common, "RANK": str(rank)})) for rank in range(n)]
+        [fork.start() for fork in forks]
+        [fork.join(120) for fork in forks]
+        assert [fork.exitcode for fork in forks] == [0] * n
+
+    def state(out):
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+        dcp_to_torch_save(tmp_path / out / "000012", tmp_path / f"{out}.pt")
+        return torch.load(tmp_path / f"{out}.pt", weights_only=True)
+
+    trained("whole", 2, "torchrun")
+    for out, n in (("cut", 2), ("three", 3)):
+        shutil.copytree(tmp_path / "whole/000006", tmp_path / out / "000006")
+        trained(out, n)
+    whole = state("whole")
+    assert_same(whole, state("cut"), parts=["model", "optimizer", "step"])
+    assert_same(whole, state("three"), 1e-5, parts=["model", "step"])
+    assert whole["step"] == 12 and not whole["optimizer"]["param_groups"][0]["train_mode"]
+    assert whole["optimizer"]["state"]["2.weight"]["row_second_moment"].shape == (64, 1)
