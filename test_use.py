@@ -299,3 +299,20 @@ def test_fsdp2(tmp_path):
     assert_same(whole, state("three"), 1e-5, parts=["model", "step"])
     assert whole["step"] == 12 and not whole["optimizer"]["param_groups"][0]["train_mode"]
     assert whole["optimizer"]["state"]["2.weight"]["row_second_moment"].shape == (64, 1)
+
+
+def test_install(tmp_path):
+    """pip installs one module, which needs nothing else of the repository."""
+    for name in ("pyproject.toml", "sf_normuon.py", "model.py", "README.md", "LICENSE"):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / "source")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", tmp_path / "source"]
+    result = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    if "No matching distribution" in result.stderr:
+        pytest.skip("pip cannot reach a package index for setuptools")
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in (tmp_path / "site").glob("*.py")} == {"sf_normuon.py"}
+    code = "import sf_normuon; print(sf_normuon.SFNorMuon, sf_normuon.__file__)"
+    env = {**ENV, "PYTHONPATH": str(tmp_path / "site")}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "site/sf_normuon.py") in out
