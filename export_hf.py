@@ -12,8 +12,6 @@ import math
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from sample import fail, load_run
 
 CARD = """---
@@ -88,6 +86,7 @@ def main():
     parser.add_argument("out", type=Path, help="a folder that is new, empty or an earlier export")
     args = parser.parse_args()
     try:
+        from safetensors.torch import save_file
         from transformers import ArceeConfig, GenerationConfig
     except ImportError as e:
         fail(f"{e}: pip install transformers", 1)

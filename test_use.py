@@ -1,4 +1,5 @@
 """What a user does next: sample, export, evaluate, and take the optimizer elsewhere."""
+import fcntl
 import json
 import math
 import os
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 import export_hf
 import sample
+import train
+from data import TokenBatches, write_shard
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
 from test_data import TIKTOKEN, needs_gpt2
@@ -316,3 +320,63 @@ def test_install(tmp_path):
     env = {**ENV, "PYTHONPATH": str(tmp_path / "site")}
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert str(tmp_path / "site/sf_normuon.py") in out
+
+
+# ---------------------------------------------------------------- evaluation alone
+
+def figures(out):
+    return [float(re.search(rf"{name} +([0-9.]+)", out)[1]) for name in ("validation loss", "perplexity", "bits per byte")]
+
+
+def test_eval_only(finished, cwd):
+    """The loss that was logged, whatever holds the folder, on any number of processes; nothing is written."""
+    shutil.copytree(finished.folder, cwd / "run")
+    before, losses = tree(cwd), [*finished.values("val_loss").values()]
+    with open(cwd / "run/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        one = Run(cwd, "--eval_only").wait()
+        assert one.err == "" and tree(cwd) == before
+        two = Run(cwd, eval_only=True, processes=2).wait()
+    loss, perplexity, bits = figures(one.out)
+    assert loss == pytest.approx(losses[-1], abs=2e-6) and loss != pytest.approx(losses[-2], abs=1e-3)
+    assert perplexity == pytest.approx(math.exp(losses[-1]), rel=1e-5) and bits == pytest.approx(losses[-1] / math.log(2), abs=1e-5)
+    assert figures(two.out) == pytest.approx([loss, perplexity, bits], rel=1e-5) and tree(cwd) == before
+
+
+def test_eval_only_elsewhere(finished, cwd, data, tokens):
+    """Other shards, no training shards, another folder; the ends of documents have no bytes."""
+    (cwd / "other").mkdir()
+    other = np.where(np.arange(900) % 50 == 7, 256, tokens[7000:7900])
+    write_shard(cwd / "other/y_val_000000.bin", other)
+    shutil.copy(data / "meta.json", cwd / "other")
+    before = tree(cwd)
+    run = Run(cwd, eval_only=True, data_dir="other", init_from=finished.folder / "ckpt.pt", eval_tokens=10**9, lr=3).wait()
+    gpt = GPT(GPTConfig(**finished.checkpoint()["model_config"]))
+    gpt.load_state_dict(finished.checkpoint()["model"])
+    x = torch.from_numpy(other[: 14 * 64 + 1].astype(np.int64))
+    with torch.no_grad():
+        nats = F.cross_entropy(gpt(x[:-1].view(14, 64)).double().flatten(0, 1), x[1:], reduction="sum").item()
+    expected = [nats / (14 * 64), math.exp(nats / (14 * 64)), nats / math.log(2) / (x[1:] < 256).sum().item()]
+    assert figures(run.out) == pytest.approx(expected, rel=1e-5) and "896 tokens of other" in run.out and tree(cwd) == before
+
+    Run(cwd, eval_only=True, out_dir="nowhere").wait(2).complaint("nowhere/ckpt.pt")
+    Run(cwd, eval_only=True, n_layer=3, init_from=finished.folder / "ckpt.pt").wait(2).complaint("n_layer", "3")
+    (cwd / "other/meta.json").write_text('{"tokenizer": "abacus", "vocab_size": 257}')
+    run = Run(cwd, eval_only=True, data_dir="other", init_from=finished.folder / "ckpt.pt").wait(2)
+    run.complaint("byte tokens", "abacus tokens")
+
+
+@BOTH
+def test_bits_per_byte(tmp_path, name):
+    """Against the length of the text that the evaluated tokens stand for."""
+    tokenizer = get_tokenizer(name)
+    documents = [tokenizer.encode(text) for text in text_for(name)[:40] for _ in range(3)]
+    tokens = np.concatenate([part for document in documents for part in ([tokenizer.eot], document)])
+    write_shard(tmp_path / "x_val_000000.bin", tokens)
+    cfg = train.parse(["--block_size=16", "--total_batch_tokens=256", "--eval_tokens=1700", "--device=cpu"])
+    targets = tokens[1 : 1 + 1700 // 16 * 16]
+    size = sum(len(tokenizer.symbols[t]) for t in targets if t != tokenizer.eot)
+    text = tokenizer.decode([t for t in targets if t != tokenizer.eot]).encode()
+    assert abs(size - len(text)) < 8  # the last character may be cut, and then decodes to another
+    data = TokenBatches(tmp_path, "val", 16, 50304)
+    assert train.bits_per_byte(cfg, data, tokenizer, 2.5) == pytest.approx(2.5 * len(targets) / math.log(2) / size, rel=1e-12)
