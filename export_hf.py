@@ -2,9 +2,10 @@
 
     python export_hf.py runs/x out/                   a run's folder, or a ckpt.pt; out/ must be new, empty or an export
     lm_eval --model hf --model_args pretrained=out/ --tasks hellaswag
-    huggingface-cli upload you/x out/                 publishes it
+    hf upload you/x out/                              publishes it (huggingface-cli upload, in older hubs)
 
-The weights stay float32, the vocabulary padded. In text, the tokenizer takes "<|endoftext|>" for the token, ours does not.
+The weights stay float32 and the vocabulary padded. Unlike ours, the tokenizer takes "<|endoftext|>" in a text for the
+token.
 """
 import argparse
 import json
@@ -24,8 +25,8 @@ tags: [sf-normuon, export_hf.py]
 
 def hf_state(model):
     """The weights under the names of ArceeForCausalLM; the output head is tied and has none."""
-    names = {r"^wte": "model.embed_tokens", r"^norm": "model.norm", r"^blocks": "model.layers", r"attn_norm": "input_layernorm",
-             r"mlp_norm": "post_attention_layernorm", r"\.attn\.(.)\.": r".self_attn.\1_proj.", r"mlp\.(up|down)": r"mlp.\1_proj"}
+    names = {"^wte": "model.embed_tokens", "^norm": "model.norm", "^blocks": "model.layers", "(up|down)": r"\1_proj",
+             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", r"\.attn\.(.)": r".self_attn.\1_proj"}
     state = {}
     for name, tensor in model.state_dict().items():
         for ours, theirs in names.items():
@@ -65,18 +66,22 @@ def hf_tokenizer(tokenizer, block_size):
 
 
 def model_card(run, model, saved):
-    log, losses = Path(run) / "log.jsonl", []
+    log, evaluations = Path(run) / "log.jsonl", []
     if log.exists():
         entries = (json.loads(line) for line in log.read_text().splitlines() if line.endswith("}"))
-        losses = [entry["val_loss"] for entry in entries if "val_loss" in entry and entry["step"] <= saved["step"]]
+        evaluations = [entry for entry in entries if "val_loss" in entry and entry["step"] <= saved["step"]]
     cfg = saved["config"]
     figures = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "tokens": f"{saved['tokens']:,}",
                "steps": f"{saved['step']:,}", "optimizer": cfg["optimizer"], "data": cfg["data_dir"]}
-    if losses:
-        figures |= {"validation loss": f"{losses[-1]:.4f} nats per token", "perplexity": f"{math.exp(losses[-1]):.2f}"}
+    if evaluations:
+        loss, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
+        figures[f"validation loss at step {step:,}"] = f"{loss:.4f} nats per token"
+        figures["perplexity"] = f"{math.exp(loss):.2f}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return (f"{CARD}# {Path(run).resolve().stem}\n\n| | |\n|---|---|\n{rows}\n\nThe configuration of the run:\n\n"
-            f"```json\n{json.dumps({k: v for k, v in cfg.items() if k != 'out_dir'}, indent=1)}\n```\n")
+    knobs = json.dumps({key: value for key, value in cfg.items() if key != "out_dir"}, indent=1)
+    return (f"{CARD}# {Path(run).resolve().stem}\n\nIn training, every document follows the token `<|endoftext|>`: start a "
+            f"text with it.\n\n| | |\n|---|---|\n{rows}\n\nThe configuration of the run:\n\n"
+            f"```json\n{knobs}\n```\n")
 
 
 def main():
@@ -99,10 +104,10 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         card.write_text(model_card(args.run, model, saved))  # first: what is interrupted can be done again
         ArceeConfig(
-            architectures=["ArceeForCausalLM"], vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head, hidden_act="relu2",
-            max_position_embeddings=c.block_size, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True,
-            attention_bias=False, mlp_bias=False, dtype="float32", **eot).save_pretrained(out)
+            architectures=["ArceeForCausalLM"], vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
+            num_hidden_layers=c.n_layer, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, hidden_act="relu2",
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, rms_norm_eps=1e-5, rope_theta=10000.0,
+            tie_word_embeddings=True, attention_bias=False, mlp_bias=False, dtype="float32", **eot).save_pretrained(out)
         GenerationConfig(**eot, pad_token_id=tokenizer.eot, do_sample=True,
                          suppress_tokens=[*range(tokenizer.vocab_size, c.vocab_size)] or None).save_pretrained(out)
         hf_tokenizer(tokenizer, c.block_size).save_pretrained(out)

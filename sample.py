@@ -2,10 +2,11 @@
 
     python sample.py runs/quickstart --prompt "def main("                 a run's folder, or a ckpt.pt
     python sample.py runs/quickstart --prompt=FILE:start.txt --samples=3 --temperature=0.7 --top_p=0.9
-    python sample.py runs/quickstart --temperature=0                      from the start of a document, the likeliest text
+    python sample.py runs/quickstart --temperature=0                      a document from its start, the likeliest one
 """
 import argparse
 import codecs
+import math
 import signal
 import sys
 from itertools import islice
@@ -79,8 +80,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    for name, fine in (("samples", args.samples > 0), ("tokens", args.tokens > 0), ("temperature", args.temperature >= 0),
-                       ("top_k", args.top_k is None or args.top_k > 0), ("seed", 0 <= args.seed < 2**63),
+    for name, fine in (("samples", args.samples > 0), ("tokens", args.tokens > 0), ("seed", 0 <= args.seed < 2**63),
+                       ("temperature", 0 <= args.temperature < math.inf), ("top_k", args.top_k is None or args.top_k > 0),
                        ("top_p", args.top_p is None or 0 < args.top_p <= 1)):
         if not fine:
             fail(f"--{name} cannot be {getattr(args, name)}")

@@ -66,7 +66,8 @@ def test_top_p(small):
     """The fewest tokens that together have at least top_p, after temperature and top_k, and only those."""
     idx = torch.randint(0, 96, (3, 5))
     for top_p, top_k, temperature in ((0.3, None, 1.0), (0.6, 8, 2.0), (1e-9, None, 1.0), (1.0, 3, 1.0)):
-        draws = torch.cat([small.generate(idx, 1, top_p=top_p, top_k=top_k, temperature=temperature)[:, -1:] for _ in range(400)], 1)
+        sampling = dict(top_p=top_p, top_k=top_k, temperature=temperature)
+        draws = torch.cat([small.generate(idx, 1, **sampling)[:, -1:] for _ in range(400)], 1)
         for row, logits in zip(draws, small(idx)[:, -1].double()):
             likeliest = sorted(((logits[i] / temperature).exp().item(), i) for i in range(96))[::-1][:top_k]
             total, fewest, share = sum(p for p, _ in likeliest), {}, 0.0
@@ -114,7 +115,7 @@ def test_sample(finished, call):
     assert call(sample.main, ckpt, f"--prompt=FILE:{folder.parent / 'start.txt'}", "--tokens=30")[1] == out
     three = call(sample.main, ckpt, "--samples=3", "--tokens=20")[1].split("\n---------------\n")
     assert len(three) == 3 and len({*three}) > 1
-    greedy = [call(sample.main, ckpt, "--tokens=20", *more)[1] for more in (["--temperature=0"], ["--top_k=1"], ["--top_p=1e-6"])]
+    greedy = [call(sample.main, ckpt, "--tokens=20", flag)[1] for flag in ("--temperature=0", "--top_k=1", "--top_p=1e-6")]
     assert greedy[0] == greedy[1] == greedy[2]
 
 
@@ -124,7 +125,8 @@ def test_tokenizer_of_a_checkpoint(finished, tmp_path, monkeypatch):
     assert saved["tokenizer"] == "byte"
     asked = []
     monkeypatch.setattr(sample, "get_tokenizer", lambda name: asked.append(name) or get_tokenizer("byte"))
-    for number, change in enumerate([{}, {"tokenizer": "other"}, {"tokenizer": None}, {"tokenizer": None, "config": {"data_dir": "x"}}]):
+    old = {"tokenizer": None}
+    for number, change in enumerate([{}, {"tokenizer": "other"}, old, {**old, "config": {"data_dir": "x"}}]):
         torch.save({**saved, **change}, tmp_path / f"{number}.pt")
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
@@ -136,8 +138,9 @@ def test_tokenizer_of_a_checkpoint(finished, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, status, words", [
     (["nowhere"], 2, "nowhere"), (["noise.pt"], 1, "noise.pt"), (["other.pt"], 1, "other.pt"), (["run", "--prompt="], 2, "prompt"),
-    (["run", "--temperature=-1"], 2, "temperature"), (["run", "--temperature=nan"], 2, "temperature"), (["run", "--top_p=0"], 2, "top_p"),
-    (["run", "--top_p=1.5"], 2, "top_p"), (["run", "--top_k=0"], 2, "top_k"), (["run", "--tokens=0"], 2, "tokens"),
+    (["run", "--temperature=-1"], 2, "temperature"), (["run", "--temperature=nan"], 2, "temperature"),
+    (["run", "--temperature=inf"], 2, "temperature"), (["run", "--top_p=0"], 2, "top_p"), (["run", "--top_p=1.5"], 2, "top_p"),
+    (["run", "--top_k=0"], 2, "top_k"), (["run", "--tokens=0"], 2, "tokens"),
     (["run", "--samples=0"], 2, "samples"), (["run", "--seed=-1"], 2, "seed"), (["run", "--tokens=x"], 2, "tokens"),
     (["run", "--device=abacus"], 2, "abacus"), (["run", "--prompt=FILE:nowhere"], 2, "nowhere"),
     (["run", "--prompt=FILE:noise.pt"], 2, "noise.pt"), (["run", "--topp=1"], 2, "topp"), ([], 2, "run"),
@@ -188,7 +191,8 @@ def test_export(finished, tmp_path, call, name):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a/out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a/out")
     gpt, _, _ = sample.load_run(run)
-    assert type(model).__name__ == "ArceeForCausalLM" and model.dtype == torch.float32 and len(theirs) == tokenizer.vocab_size
+    assert type(model).__name__ == "ArceeForCausalLM" and model.dtype == torch.float32
+    assert len(theirs) == tokenizer.vocab_size
     idx = torch.randint(0, tokenizer.vocab_size, (2, gpt.config.block_size))
     logits = model(idx).logits
     assert logits.shape == (*idx.shape, gpt.config.vocab_size) and (logits - gpt(idx)).abs().max() < 1e-5
@@ -200,10 +204,11 @@ def test_export(finished, tmp_path, call, name):
         assert theirs.decode(ids) == text
     assert theirs.decode([tokenizer.eot]) == "<|endoftext|>"
     card = (tmp_path / "a/out/README.md").read_text()
-    assert f"{sum(p.numel() for p in gpt.parameters()):,}" in card and f"{saved['tokens']:,}" in card and '"optimizer": "sf_normuon"' in card
+    assert f"{sum(p.numel() for p in gpt.parameters()):,}" in card and f"{saved['tokens']:,}" in card
+    assert '"optimizer": "sf_normuon"' in card
     if name == "byte":
         loss = list(finished.values("val_loss").values())[-1]
-        assert f"{loss:.4f} nats" in card and f"{math.exp(loss):.2f}" in card
+        assert f"at step 12 | {loss:.4f} nats" in card and f"{math.exp(loss):.2f}" in card
         greedy = model.generate(idx[:1, :5], max_new_tokens=20, do_sample=False)
         assert torch.equal(greedy, gpt.generate(idx[:1, :5], greedy.size(1) - 5, temperature=0, vocab_size=257))
 
@@ -339,7 +344,8 @@ def test_eval_only(finished, cwd):
         two = Run(cwd, eval_only=True, processes=2).wait()
     loss, perplexity, bits = figures(one.out)
     assert loss == pytest.approx(losses[-1], abs=2e-6) and loss != pytest.approx(losses[-2], abs=1e-3)
-    assert perplexity == pytest.approx(math.exp(losses[-1]), rel=1e-5) and bits == pytest.approx(losses[-1] / math.log(2), abs=1e-5)
+    assert perplexity == pytest.approx(math.exp(losses[-1]), rel=1e-5)
+    assert bits == pytest.approx(losses[-1] / math.log(2), abs=1e-5)  # no ends of documents in there
     assert figures(two.out) == pytest.approx([loss, perplexity, bits], rel=1e-5) and tree(cwd) == before
 
 
@@ -380,3 +386,9 @@ def test_bits_per_byte(tmp_path, name):
     assert abs(size - len(text)) < 8  # the last character may be cut, and then decodes to another
     data = TokenBatches(tmp_path, "val", 16, 50304)
     assert train.bits_per_byte(cfg, data, tokenizer, 2.5) == pytest.approx(2.5 * len(targets) / math.log(2) / size, rel=1e-12)
+
+
+def test_no_sample_unless_all_processes_can(monkeypatch):
+    """GPT-2's tokenizer may be at hand on one node only; the others would wait for its part of the model."""
+    monkeypatch.setattr(train, "gather", lambda value: [value, None])
+    assert train.sample(train.Config(), None, {"tokenizer": "byte"}) == ""

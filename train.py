@@ -533,7 +533,7 @@ def load_tokenizer(meta: dict):
 def sample(cfg: Config, model: GPT, meta: dict, tokens: int = 300) -> str:
     """A text from the start of a document, of so many tokens on all processes, which must all call it."""
     tokenizer = load_tokenizer(meta)
-    if not tokenizer:
+    if None in gather(tokenizer and tokenizer.name):
         return ""
     start = torch.full((1, 1), tokenizer.eot, device=cfg.device)
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)

@@ -35,7 +35,7 @@ optimizer = SFNorMuon([{"params": matrices}, {"params": others, "use_muon": Fals
 
 arguments = TrainingArguments(
     out, max_steps=steps, per_device_train_batch_size=8, lr_scheduler_type="constant",  # its default decays
-    eval_strategy="steps", eval_steps=6, save_steps=4, logging_steps=1, report_to="none", use_cpu=not torch.cuda.is_available())
+    eval_strategy="steps", eval_steps=6, save_steps=4, report_to="none", use_cpu=not torch.cuda.is_available())
 trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:8], optimizers=(optimizer, None),
                   callbacks=[SaveAveragedWeights()])
 trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if Path(out).exists() else None)
