@@ -1,6 +1,7 @@
 """A LLaMA-2-style transformer: Hugging Face's `ArceeForCausalLM` with hidden_act="relu2", in one short file."""
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,32 @@ class GPTConfig:
     n_embd: int = 768
 
 
+class KVCache:
+    """Keys and values of the tokens so far, (B, n_head, T, head_dim) for each block. A class, since FSDP2 copies lists."""
+
+    def __init__(self):
+        self.length, self.blocks = 0, {}
+
+    def append(self, block: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if block in self.blocks:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.blocks[block], (k, v)))
+        self.blocks[block] = k, v
+        return k, v
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.q, self.k, self.v, self.o = (nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(4))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, T, n_embd), cos and sin (T, head_dim)
-        heads = (*x.shape[:2], self.n_head, -1)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        heads = (*x.shape[:2], self.n_head, -1)  # x (B, T, n_embd), cos and sin (T, head_dim)
         q, k, v = (linear(x).view(heads).transpose(1, 2) for linear in (self.q, self.k, self.v))  # (B, n_head, T, head_dim)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:
+            k, v = cache.append(self, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2))
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -49,8 +66,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -88,16 +105,20 @@ class GPT(nn.Module):
                 residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx: (B, T) int64, T <= block_size. Returns logits (B, T, vocab_size), or with targets, (B, T) int64, the mean
-        cross-entropy in nats over the targets that are not -1, a float32 scalar."""
-        T = idx.size(1)
+        cross-entropy in nats over the targets that are not -1, a float32 scalar. A cache that is not empty holds the
+        tokens before idx, which is then a single one, (B, 1)."""
+        first = cache.length if cache else 0
+        T = first + idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
-        cos, sin = rotary(T, self.config.n_embd // self.config.n_head, idx.device)
+        cos, sin = (t[first:] for t in rotary(T, self.config.n_embd // self.config.n_head, idx.device))
         x = self.wte(idx)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, cache)
+        if cache:
+            cache.length = T
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.wte.weight)
@@ -116,21 +137,42 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 vocab_size: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Continues idx (B, T) int64 and returns (B, T + max_new_tokens). temperature 0 takes the likeliest token.
-        vocab_size leaves out the padding of the vocabulary; generator makes the samples reproducible."""
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[:, -1, :vocab_size].float()
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+    def stream(self, idx: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+               vocab_size: int | None = None, generator: torch.Generator | None = None):
+        """Yields one token after another, (B, 1) int64, that continue idx (B, T) int64, without end.
+
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest tokens, top_p the fewest that together have
+        at least this probability. vocab_size leaves out the padding of the vocabulary; generator makes the samples
+        reproducible. Each token is drawn from what the model says after the block_size tokens before it.
+        """
+        cache = KVCache()
+        while True:
+            if idx.size(1) > self.config.block_size:  # every token has a new position, so nothing can be kept
+                cache = None
+            new = idx[:, cache.length:] if cache else idx[:, -self.config.block_size:]
+            token = draw(self(new, cache=cache)[:, -1, :vocab_size].float(), temperature, top_k, top_p, generator)
+            yield token
             idx = torch.cat((idx, token), dim=1)
-        return idx
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
+        """Continues idx (B, T) int64 and returns (B, T + max_new_tokens). sampling: as for `stream`."""
+        return torch.cat((idx, *islice(self.stream(idx, **sampling), max_new_tokens)), dim=1)
+
+
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """One token for each row of logits (B, vocab_size): (B, 1) int64."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = F.softmax(logits, dim=-1)
+    if top_p is not None:
+        largest, order = p.sort(dim=-1, descending=True)
+        enough = largest.cumsum(-1) - largest >= top_p  # the tokens before it are
+        p = p.masked_fill(enough.scatter(-1, order, enough), 0)
+    return torch.multinomial(p, 1, generator=generator)
 
 
 class MeanCrossEntropy(torch.autograd.Function):

@@ -47,6 +47,7 @@ class GPT2Tokenizer:
         import tiktoken
 
         self.encoding = tiktoken.get_encoding("gpt2")
+        self.symbols = [self.encoding.decode_single_token_bytes(token) for token in range(self.vocab_size)]
 
     def encode(self, text):
         # tiktoken's regular expression overflows its stack on a run of some 500,000 blanks
@@ -73,7 +74,8 @@ TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}
 
 
 def get_tokenizer(name):
-    """Tokenizer with name, vocab_size, eot, encode(str) -> uint16 (n,) and decode(tokens) -> str.
+    """Tokenizer with name, vocab_size, eot, symbols (the bytes of each token), encode(str) -> uint16 (n,) and
+    decode(tokens) -> str.
 
     encode adds no eot and takes the text of a special token as ordinary text. decode skips what lies beyond the
     vocabulary, which models pad. ValueError for an unknown name.

@@ -3,6 +3,7 @@
     python train.py configs/quickstart.py                                        one process, CPU or GPU
     python train.py configs/125m_sf.py --max_tokens=10e9 --lr=0.01               --knob=value wins over the config
     torchrun --standalone --nproc_per_node=8 train.py configs/772m_sf.py         many processes, same mathematics
+    python train.py configs/125m_sf.py --eval_only --data_dir=data/mine          validation loss of the checkpoint
     python train.py --help                                                       all knobs
 
 The same command given again goes on from the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 write one and stop.
@@ -31,6 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait by spinning
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop takes over, Ctrl-C just ends the process
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -68,6 +70,7 @@ class Config:
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False: start anew
     change_data: bool = False  # go on with another data_dir than the checkpoint's, from its beginning
     init_from: str = ""  # a checkpoint whose weights a new run starts from
+    eval_only: bool = False  # only print the validation loss of init_from or, without it, of out_dir/ckpt.pt
     # the model
     n_layer: int = 12
     n_head: int = 12
@@ -141,7 +144,9 @@ def parse(argv: list[str]) -> Config:
     for argument in argv:
         if argument.startswith("-"):
             key, equals, value = argument.lstrip("-").partition("=")
-            if not equals:
+            if argument == "--eval_only":
+                value = "True"
+            elif not equals:
                 raise Failure(f"{argument}: write it --{key}=value", 2)
             with contextlib.suppress(ValueError, SyntaxError, MemoryError):
                 if key in knobs and knobs[key].type is not str:
@@ -282,7 +287,8 @@ def open_data(cfg: Config) -> tuple[TokenBatches, TokenBatches, dict, int]:
         vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
         if vocab_size < meta["vocab_size"]:
             raise Failure(f"vocab_size {vocab_size} is smaller than the {meta['vocab_size']} of {cfg.data_dir}", 2)
-        train, val = (TokenBatches(cfg.data_dir, split, cfg.block_size, vocab_size, cfg.seed) for split in ("train", "val"))
+        train, val = (TokenBatches(cfg.data_dir, split, cfg.block_size, vocab_size, cfg.seed)
+                      for split in ("val" if cfg.eval_only else "train", "val"))
     except FileNotFoundError as e:
         raise Failure(e, 2)
     except (OSError, ValueError) as e:
@@ -363,7 +369,7 @@ def gradient(cfg: Config, model: GPT, data: TokenBatches, batch: int, autocast, 
 @torch.no_grad()
 def evaluate(cfg: Config, model: GPT, data: TokenBatches, autocast) -> float:
     """Mean loss over the first eval_tokens of the validation data, the same ones on any number of processes."""
-    sequences = min(len(data), max(1, cfg.eval_tokens // cfg.block_size))
+    sequences = eval_sequences(cfg, data)
     total = 0.0
     for first in range(RANK * cfg.batch_size, sequences + RANK * cfg.batch_size, WORLD_SIZE * cfg.batch_size):
         positions = [min(p, sequences - 1) for p in range(first, first + cfg.batch_size)]
@@ -376,6 +382,21 @@ def evaluate(cfg: Config, model: GPT, data: TokenBatches, autocast) -> float:
         total = torch.tensor(total, dtype=torch.float64, device=cfg.device)
         dist.all_reduce(total)
     return float(total) / sequences
+
+
+def eval_sequences(cfg: Config, data: TokenBatches) -> int:
+    return min(len(data), max(1, cfg.eval_tokens // cfg.block_size))
+
+
+def bits_per_byte(cfg: Config, data: TokenBatches, tokenizer, loss: float) -> float:
+    """Of the evaluated tokens, from their mean loss in nats: comparable between tokenizers. The end-of-text token has
+    no bytes, but its loss counts."""
+    lengths = np.zeros(data.vocab_size, np.int64)
+    lengths[:tokenizer.vocab_size] = [len(symbol) for symbol in tokenizer.symbols]
+    lengths[tokenizer.eot] = 0
+    sequences = eval_sequences(cfg, data)
+    size = sum(lengths[data.get(range(i, min(i + 64, sequences)))[1]].sum() for i in range(0, sequences, 64))
+    return loss * sequences * cfg.block_size / math.log(2) / size
 
 
 # ---- the run's folder
@@ -440,7 +461,7 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
     return saved
 
 
-def load_weights(cfg: Config, model: GPT) -> None:
+def load_weights(cfg: Config, model: GPT) -> dict:
     try:
         saved = load(Path(cfg.init_from))
     except ValueError as e:
@@ -449,13 +470,15 @@ def load_weights(cfg: Config, model: GPT) -> None:
         if saved["model_config"][key] != value and key != "block_size":
             raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {saved['model_config'][key]!r}", 2)
     restore(saved, model)
+    return saved
 
 
-def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, step: int, train_time: float, data_step: int) -> None:
+def save_checkpoint(cfg: Config, path: Path, model: GPT, optimizer, tokenizer: str, step: int, train_time: float,
+                    data_step: int) -> None:
     """The optimizer is in eval mode, so the model in the checkpoint is x."""
     content = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "model_config": asdict(model.config),
-               "config": asdict(cfg), "step": step, "tokens": step * cfg.total_batch_tokens, "train_time_s": train_time,
-               "data_step": data_step}
+               "config": asdict(cfg), "tokenizer": tokenizer, "step": step, "tokens": step * cfg.total_batch_tokens,
+               "train_time_s": train_time, "data_step": data_step}
     together(lambda: save(path, content, first=RANK == 0))
 
 
@@ -499,12 +522,19 @@ def peak_flops(cfg: Config) -> float | None:
         return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
-def sample(cfg: Config, model: GPT, meta: dict, tokens: int = 300) -> str:
-    """A text from the start of a document. All processes must call it."""
+def load_tokenizer(meta: dict):
+    """None, and a line that says so, if it cannot be had."""
     try:
-        tokenizer = get_tokenizer(meta["tokenizer"])
+        return get_tokenizer(meta["tokenizer"])
     except Exception as e:
-        return f"(no sample, since the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})"
+        say(f"(the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})")
+
+
+def sample(cfg: Config, model: GPT, meta: dict, tokens: int = 300) -> str:
+    """A text from the start of a document, of so many tokens on all processes, which must all call it."""
+    tokenizer = load_tokenizer(meta)
+    if None in gather(tokenizer and tokenizer.name):
+        return ""
     start = torch.full((1, 1), tokenizer.eot, device=cfg.device)
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled
@@ -529,6 +559,8 @@ def main(argv: list[str]) -> None:
     same_everywhere(f"{cfg.data_dir} (tokenizer, vocab_size, sequences for training and validation)",
                     (meta["tokenizer"], meta["vocab_size"], len(train_data), len(val_data)))
     model = build_model(cfg, vocab_size)
+    if cfg.eval_only:
+        return print_evaluation(cfg, model, val_data, meta, autocast)
     optimizer = build_optimizer(cfg, model)
     schedule_free = hasattr(optimizer, "eval")
     base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -606,7 +638,7 @@ def main(argv: list[str]) -> None:
                 if RANK == 0:
                     tqdm.write(f"step {step}: validation loss {val_loss:.4f}, {train_time:.0f} s of training")
             if saving:
-                save_checkpoint(cfg, ckpt, model, optimizer, step, train_time, data_step)
+                save_checkpoint(cfg, ckpt, model, optimizer, meta["tokenizer"], step, train_time, data_step)
             if last or stopping:
                 break
             if schedule_free:
@@ -623,6 +655,20 @@ def main(argv: list[str]) -> None:
         say(f"\n{text}\n\nfinished: the model is in {ckpt}, its figures are in {out_dir / 'log.jsonl'}")
     else:
         say(f"stopped after step {step}: the model is in {ckpt}, and the same command goes on from there")
+
+
+def print_evaluation(cfg: Config, model: GPT, data: TokenBatches, meta: dict, autocast) -> None:
+    """Of a checkpoint. Writes nothing."""
+    cfg.init_from = cfg.init_from or str(Path(cfg.out_dir) / "ckpt.pt")
+    saved = together(lambda: load_weights(cfg, model))
+    if saved.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
+        raise Failure(f"{cfg.init_from} is made of {saved['tokenizer']} tokens, {cfg.data_dir} of {meta['tokenizer']} tokens", 2)
+    loss = evaluate(cfg, model, data, autocast)
+    say(f"{cfg.init_from}, step {saved['step']}, on {eval_sequences(cfg, data) * cfg.block_size:,} tokens of {cfg.data_dir}\n"
+        f"validation loss  {loss:.6f} nats per token\nperplexity       {math.exp(loss):.6f}")
+    tokenizer = load_tokenizer(meta)
+    if tokenizer and RANK == 0:
+        say(f"bits per byte    {bits_per_byte(cfg, data, tokenizer, loss):.6f}")
 
 
 def steady_state(cfg: Config, optimizer) -> dict:

@@ -1,0 +1,121 @@
+"""Text from a checkpoint, streamed as it is made.
+
+    python sample.py runs/quickstart --prompt "def main("                 a run's folder, or a ckpt.pt
+    python sample.py runs/quickstart --prompt=FILE:start.txt --samples=3 --temperature=0.7 --top_p=0.9
+    python sample.py runs/quickstart --temperature=0                      a document from its start, the likeliest one
+"""
+import argparse
+import codecs
+import math
+import signal
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from checkpoint import load
+from data import read_meta
+from model import GPT, GPTConfig
+from prepare_fineweb import get_tokenizer
+
+
+def load_run(run, device="cpu"):
+    """The model, in float32, the tokenizer and the whole checkpoint of a run's folder or of a ckpt.pt.
+
+    FileNotFoundError if there is none, ValueError if it is not whole or its tokenizer cannot be had.
+    """
+    path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    saved = load(path)
+    try:
+        with torch.device("meta"):  # the weights are the file's
+            model = GPT(GPTConfig(**saved["model_config"]))
+        model.load_state_dict(saved["model"], assign=True)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} does not hold the model that it describes: {str(e):.100}") from None
+    vocab_size, name = model.config.vocab_size, saved.get("tokenizer")
+    if name is None:  # an old checkpoint
+        try:
+            name = read_meta(saved["config"]["data_dir"])["tokenizer"]
+        except (OSError, ValueError, KeyError):
+            name = "gpt2" if vocab_size >= 50257 else "byte"
+    try:
+        tokenizer = get_tokenizer(name)
+    except Exception as e:  # tiktoken downloads, which can fail in any way
+        raise ValueError(f"{path}: its tokenizer {name!r} could not be loaded: {e}") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{path}: its {vocab_size} words are too few for its tokenizer {name!r}")
+    return model.to(device), tokenizer, saved
+
+
+def stream_text(model, tokenizer, prompt, tokens, **sampling):
+    """Yields the text that continues `prompt`, a list of tokens, in pieces, up to the end of the document or to so many
+    tokens. sampling: as for `GPT.stream`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
+    idx = torch.tensor([[tokenizer.eot, *prompt]], device=model.wte.weight.device)
+    for token in islice(model.stream(idx, vocab_size=tokenizer.vocab_size, **sampling), tokens):
+        if token == tokenizer.eot:
+            break
+        yield decoder.decode(tokenizer.symbols[token])
+    yield decoder.decode(b"", final=True)
+
+
+def fail(message, status=2):
+    print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
+    sys.exit(status)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Text from a checkpoint, streamed as it is made.")
+    parser.error = fail
+    parser.add_argument("run", help="a run's folder, or a ckpt.pt")
+    parser.add_argument("--prompt", help="the text to continue, or FILE:path (default: the start of a document)")
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=500, help="at most, for each sample (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that together are as likely as this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    for name, fine in (("samples", args.samples > 0), ("tokens", args.tokens > 0), ("seed", 0 <= args.seed < 2**63),
+                       ("temperature", 0 <= args.temperature < math.inf), ("top_k", args.top_k is None or args.top_k > 0),
+                       ("top_p", args.top_p is None or 0 < args.top_p <= 1)):
+        if not fine:
+            fail(f"--{name} cannot be {getattr(args, name)}")
+    try:
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+    except RuntimeError:
+        fail(f"--device {args.device}: torch has no such device here")
+    prompt = args.prompt
+    try:
+        if prompt and prompt.startswith("FILE:"):
+            prompt = Path(prompt[5:]).read_text("utf-8")
+        model, tokenizer, _ = load_run(args.run, args.device)
+    except UnicodeDecodeError as e:
+        fail(f"{args.prompt}: not UTF-8 ({e})")
+    except OSError as e:
+        fail(e)
+    except ValueError as e:
+        fail(e, 1)
+    tokens = [] if prompt is None else tokenizer.encode(prompt).tolist()
+    if prompt is not None and not tokens:
+        fail("the prompt is empty; without --prompt, a text starts as a document does")
+
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=torch.device(args.device).type == "cuda")
+    for i in range(args.samples):
+        print("---------------\n" * (i > 0) + (prompt or ""), end="", flush=True)
+        with autocast:
+            for text in stream_text(model, tokenizer, tokens, args.tokens, temperature=args.temperature,
+                                    top_k=args.top_k, top_p=args.top_p, generator=generator):
+                print(text, end="", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the text may have characters that the terminal has not
+    for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C, or a reader that has seen enough: just end
+        signal.signal(number, signal.SIG_DFL)
+    main()
