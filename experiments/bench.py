@@ -286,7 +286,7 @@ def loop(args) -> None:
 
         def saving():
             optimizer.eval()
-            train.save_checkpoint(cfg, Path(folder) / "ckpt.pt", model, optimizer, 1, 0.0, 0)
+            train.save_checkpoint(cfg, Path(folder) / "ckpt.pt", model, optimizer, "gpt2", 1, 0.0, 0)
             optimizer.train()
 
         def writing():
