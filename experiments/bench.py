@@ -67,14 +67,14 @@ def table(title: str, header: list[str], rows: list[list]) -> None:
 def bare_work(shapes: list[tuple[int, int]], dtype: torch.dtype, device: str):
     """The matrix products of Newton-Schulz as SFNorMuon does them, and one pass over the 7 words of each parameter that
     must move: gradient, momentum in and out, y in and out, z in and out."""
-    work, restart = [], 3 if dtype.itemsize == 2 else 5
+    work = []
     for m, n in set(shapes):
         batch, m, n = shapes.count((m, n)), min(m, n), max(m, n)
         X, A = (torch.randn(batch, m, k, device=device, dtype=dtype) / k for k in (n, m))
         if 2 * m > n:
             work += 5 * [lambda X=X: X @ X.mT, lambda A=A: A @ A, lambda A=A, X=X: A @ X]
             continue
-        for steps in ([3, 2] if restart == 3 else [5]):
+        for steps in (3, 2):  # Newton-Schulz steps between two products with X
             work += [lambda X=X: X @ X.mT, lambda A=A, X=X: A @ X] + (4 * steps - 3) * [lambda A=A: A @ A]
     words = [[torch.zeros(shape, device=device) for shape in shapes] for _ in range(4)]
 
@@ -158,7 +158,6 @@ def contender(name: str, cfg: train.Config, pipe) -> None:
     """In a process of its own: answers every "step" with its seconds, and at the end says how much memory it took."""
     torch.manual_seed(0)
     device, model_config = cfg.device, GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     torch.set_float32_matmul_precision("high")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name.startswith("train.py"):
@@ -168,7 +167,7 @@ def contender(name: str, cfg: train.Config, pipe) -> None:
         optimizer, batch = train.build_optimizer(cfg, model), iter(range(10**6))
 
         def work():
-            train.gradient(cfg, model, data, next(batch), autocast, False)
+            train.gradient(cfg, model, data, next(batch))
             optimizer.step()
             model.zero_grad()
     else:
@@ -179,7 +178,7 @@ def contender(name: str, cfg: train.Config, pipe) -> None:
         idx = torch.randint(50257, (cfg.batch_size, cfg.block_size + 1), device=device)
 
         def work():
-            with autocast:
+            with train.autocast(cfg):
                 if "transformers" in name:  # it shifts the labels itself
                     loss = model(input_ids=idx[:, :-1], labels=idx[:, :-1], use_cache=False).loss
                 else:
@@ -271,22 +270,21 @@ def loop(args) -> None:
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
         for split in ("train", "val"):
             write_shard(f"{folder}/x_{split}_000000.bin", np.random.default_rng(0).integers(50257, size=10**7))
-        cfg = train.Config(data_dir=folder, n_layer=layers, n_head=heads, n_embd=width, batch_size=1, eval_tokens=1024,
+        cfg = train.Config(data_dir=folder, out_dir=folder, n_layer=layers, n_head=heads, n_embd=width, batch_size=1, eval_tokens=1024,
                            total_batch_tokens=1024, dtype=args.dtype, compile=False)
         train_data, val_data, _, vocab_size = train.open_data(cfg)
         model = train.build_model(cfg, vocab_size)
         optimizer = train.build_optimizer(cfg, model)
-        autocast = torch.autocast("cuda" if CUDA else "cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         batch = iter(range(10**6))
 
         def training():
-            train.gradient(cfg, model, train_data, next(batch), autocast, False)
+            train.gradient(cfg, model, train_data, next(batch))
             optimizer.step()
             model.zero_grad()
 
         def saving():
             optimizer.eval()
-            train.save_checkpoint(cfg, Path(folder) / "ckpt.pt", model, optimizer, "gpt2", 1, 0.0, 0)
+            train.save_checkpoint(cfg, model, optimizer, "gpt2", train.Progress())
             optimizer.train()
 
         def writing():
@@ -300,7 +298,7 @@ def loop(args) -> None:
         training()
         times = take_turns({"training, 1024 tokens": training,
                             "data, 1024 tokens": lambda: train.get_batch(cfg, train_data, [next(batch)]),
-                            "evaluation, 1024 tokens": lambda: train.evaluate(cfg, model, val_data, autocast),
+                            "evaluation, 1024 tokens": lambda: train.evaluate(cfg, model, val_data),
                             "a checkpoint": saving, "a plain write of as many bytes": writing}, args.rounds, waits=True)
         table(f"The loop at {args.size}, {args.dtype}, {where()}", ["", "seconds", "of a step"],
               [[name, t, t / times["training, 1024 tokens"]] for name, t in times.items()])

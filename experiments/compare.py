@@ -27,7 +27,7 @@ from scipy.stats import ttest_rel
 from data import write_atomically
 from model import GPT, GPTConfig
 from sweep import read_log
-from train import FREE, SCHEDULE_FREE, Config
+from config import FREE, SCHEDULE_FREE, Config
 
 NAMES = {"sf_normuon": "SF-NorMuon", "sf_adamw": "SF-AdamW", "adamw": "AdamW", "normuon": "NorMuon", "muon": "Muon",
          "amuse": "AMUSE", "schedulefree_plus": "ScheduleFree+"}

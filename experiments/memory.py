@@ -11,9 +11,18 @@ Weights, gradients, state and the step's workspace are divided by the processes 
 embedding and two blocks with their gradients, which then exist whole, and where it is not, a copy of the weights in
 bfloat16. Passes and step come one after the other, so the larger one counts.
 """
+import argparse
 import os
 import sys
 from pathlib import Path
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--processes", type=int, default=1)
+parser.add_argument("--card", type=float, default=80.0, help="GB")
+parser.add_argument("--measure", action="store_true")
+options, knobs = parser.parse_known_args()
+if not options.measure:
+    os.environ["WORLD_SIZE"] = str(max(1, options.processes))  # which train.py reads: it refuses here what it would there
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
@@ -99,24 +108,13 @@ def measured(cfg: train.Config) -> str:
 
 
 def main() -> None:
-    options = {"processes": 1, "card": 80.0, "measure": False}
-    rest = []
-    for argument in sys.argv[1:]:
-        key, _, value = argument.lstrip("-").partition("=")
-        value = value or "True"
-        if argument.startswith("--") and key in options:
-            options[key] = type(options[key])(value)
-        else:
-            rest.append(argument)
-    if not options["measure"]:
-        train.WORLD_SIZE = options["processes"]  # so that what does not divide is refused as it would be there
     try:
-        cfg = train.parse([*rest, "--device=cpu"])
+        cfg = train.parse([*knobs, "--device=cpu"])
     except train.Failure as e:
         print(f"memory.py: {e}", file=sys.stderr)
         sys.exit(e.status)
     cfg.compile = False
-    if options["measure"]:
+    if options.measure:
         print(measured(cfg))
         sys.stdout.flush()
         os._exit(0)  # gloo's threads sometimes abort an ordinary exit
@@ -124,8 +122,8 @@ def main() -> None:
     for name, value in parts.items():
         print(f"{name:24}{value / 1e9:10.2f} GB{value / n:10.2f} bytes per parameter")
     total = sum(parts.values()) / 1e9
-    print(f"{'all':24}{total:10.2f} GB: {'fits' if total < 0.95 * options['card'] else 'does not fit'} "
-          f"a card of {options['card']:g} GB (5% kept free)")
+    print(f"{'all':24}{total:10.2f} GB: {'fits' if total < 0.95 * options.card else 'does not fit'} "
+          f"a card of {options.card:g} GB (5% kept free)")
 
 
 if __name__ == "__main__":
