@@ -208,6 +208,7 @@ def evaluate(cfg: Config, model: GPT, data: TokenBatches) -> float:
         with autocast(cfg):
             total += model(x, y).item() * count
     if WORLD_SIZE > 1:
+        model.reshard()  # the embedding would stay gathered, and with it x, in the forward pass of the next step
         total = torch.tensor(total, dtype=torch.float64, device=cfg.device)
         dist.all_reduce(total)
     return float(total) / sequences
