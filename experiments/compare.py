@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -22,18 +23,26 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import torch
-from scipy.stats import ttest_rel
 
+try:
+    from scipy.stats import ttest_rel
+
+    import figures
+except ImportError as e:
+    sys.exit(f"compare.py: {e}: pip install -r requirements-dev.txt")
+from config import FREE, SCHEDULE_FREE, Config
 from data import write_atomically
 from model import GPT, GPTConfig
 from sweep import read_log
-from config import FREE, SCHEDULE_FREE, Config
 
 NAMES = {"sf_normuon": "SF-NorMuon", "sf_adamw": "SF-AdamW", "adamw": "AdamW", "normuon": "NorMuon", "muon": "Muon",
          "amuse": "AMUSE", "schedulefree_plus": "ScheduleFree+"}
+DEFAULT = asdict(Config())
 SETTING = ("data_dir", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_tokens", "dtype")
 NOT_THE_METHOD = {*SETTING, *FREE, "lr", "seed", "eval_tokens", "device"}
 
+
+# ---- runs, and rows of a table
 
 @dataclass
 class Run:
@@ -62,7 +71,7 @@ class Run:
             return None
         return next((e for e in self.evals if e["tokens"] == tokens), None)
 
-    def tokens_to(self, target: float) -> dict | None:
+    def reach(self, target: float) -> dict | None:
         """Where the loss gets down to the target, linearly between evaluations."""
         previous = None
         for e in self.evals:
@@ -80,7 +89,6 @@ class Row:
     label: str
     main: bool  # at its chosen rate
     members: list[Run]  # all runs of the method
-    rates: dict[int, float] = field(default_factory=dict)  # by horizon
     runs: dict[int, dict[int, Run]] = field(default_factory=dict)  # by horizon and seed
 
     @property
@@ -88,8 +96,16 @@ class Row:
         return self.members[0].scheduled
 
     @property
+    def config(self) -> dict:
+        return self.members[0].config
+
+    @property
     def optimizer(self) -> str:
-        return self.members[0].config["optimizer"]
+        return NAMES[self.config["optimizer"]]
+
+    @property
+    def longest(self) -> list[Run]:
+        return list(self.runs[max(self.runs)].values())
 
     def losses(self, h: int) -> dict[int, float]:
         return {seed: run.at(h)["val_loss"] for seed, run in sorted(self.runs.get(h, {}).items())}
@@ -97,15 +113,21 @@ class Row:
     def mean(self, h: int) -> float:
         return mean(self.losses(h).values()) if self.runs.get(h) else math.inf
 
+    def reach(self, target: float) -> list[dict | None]:
+        """For each seed, where the first of its runs gets down to the target."""
+        found = defaultdict(list)
+        for by_seed in self.runs.values():
+            for seed, run in by_seed.items():
+                found[seed].append(run.reach(target))
+        return [min(filter(None, reached), key=lambda e: e["tokens"], default=None) for reached in found.values()]
 
-# ---- reading
 
 def read_runs(paths: list[str]) -> list[Run]:
     folders = [log.parent for path in paths for log in sorted(Path(path).glob("**/log.jsonl"))]
     runs = []
     for folder in dict.fromkeys(folders):
         try:
-            config = {**asdict(Config()), **json.loads((folder / "config.json").read_text())}
+            config = {**DEFAULT, **json.loads((folder / "config.json").read_text())}
             lines = read_log(folder)
         except (OSError, ValueError) as e:
             raise SystemExit(f"compare.py: {folder} is not a run's folder: {e}")
@@ -116,37 +138,26 @@ def read_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
-def labels(methods: list[tuple]) -> dict[tuple, str]:
-    """A name for each method: its optimizer, and the knobs in which it differs from the default and from its like."""
-    names, default = {}, asdict(Config())
-    alike = defaultdict(list)
-    for method in methods:
-        alike[dict(method)["optimizer"], dict(method)["schedule"]].append(dict(method))
-    for method in methods:
+def by_method(runs: list[Run]) -> dict[str, list[Run]]:
+    """Each named by its optimizer, and by the knobs in which it differs from the default and from its like."""
+    methods, alike, named = defaultdict(list), defaultdict(list), {}
+    for run in runs:
+        methods[run.method()].append(run)
+    for method in map(dict, methods):
+        alike[method["optimizer"], method["schedule"]].append(method)
+    for method, members in methods.items():
         knobs = dict(method)
         like = alike[knobs["optimizer"], knobs["schedule"]]
         schedule = "" if knobs["optimizer"] in SCHEDULE_FREE else f" {knobs['schedule']}"
         differing = [k for k in knobs if any(other[k] != knobs[k] for other in like) and
-                     (knobs[k] != default[k] or all(other[k] != default[k] for other in like))]
-        names[method] = NAMES[knobs["optimizer"]] + schedule + "".join(f", {k} {show(knobs[k])}" for k in differing)
-    return names
+                     (knobs[k] != DEFAULT[k] or all(other[k] != DEFAULT[k] for other in like))]
+        label = NAMES[knobs["optimizer"]] + schedule + "".join(f", {k} {show_value(knobs[k])}" for k in differing)
+        named[label] = members
+    return named
 
 
-def by_method(runs: list[Run]) -> dict[str, list[Run]]:
-    methods = defaultdict(list)
-    for run in runs:
-        methods[run.method()].append(run)
-    return {label: methods[method] for method, label in labels(list(methods)).items()}
-
-
-def show(value) -> str:
+def show_value(value) -> str:
     return ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
-
-
-def horizons_of(runs: list[Run]) -> list[int]:
-    """Where methods are compared: the planned lengths of what has a schedule, else of all."""
-    return sorted({run.planned for run in runs if run.scheduled and run.planned} or
-                  {run.planned or run.evals[-1]["tokens"] for run in runs if run.evals})
 
 
 def by_rate(runs: list[Run], horizons: list[int]) -> dict[float, float]:
@@ -159,51 +170,71 @@ def by_rate(runs: list[Run], horizons: list[int]) -> dict[float, float]:
     return {rate: mean(ls) for rate, ls in sorted(losses.items())}
 
 
-def tuned_over(runs: list[Run], horizons: list[int]) -> list[list[int]]:
-    """For which horizons together a rate is chosen: one by one for what has a schedule, all at once for the others."""
-    reached = [h for h in horizons if any(run.at(h) for run in runs)]
-    return [[h] for h in reached] if runs[0].scheduled else [reached]
+# ---- what is compared
 
+class Comparison:
+    """Of runs of the same model on the same data."""
 
-def make_rows(runs: list[Run], horizons: list[int], notes: list[str]) -> list[Row]:
-    rows = []
-    for label, members in by_method(runs).items():
+    def __init__(self, runs: list[Run]):
+        self.runs, self.notes, self.parameters = runs, [], count_parameters(runs[0].config)
+        # the planned lengths of what has a schedule, else of all
+        self.horizons = sorted({run.planned for run in runs if run.scheduled and run.planned} or
+                               {run.planned or run.evals[-1]["tokens"] for run in runs if run.evals})
+        self.methods = by_method(runs)
+        self.rows = [row for label, members in self.methods.items() for row in self.make_rows(label, members)]
+        self.check_claims()
+
+    def show(self, tokens: int) -> str:
+        number = f"{tokens / 1e9:.3g}B" if tokens >= 1e9 else f"{tokens / 1e6:.3g}M"
+        times = tokens / (20 * self.parameters) if self.parameters else 0
+        return f"{number} ({round(times)}x)" if times and abs(times / max(1, round(times)) - 1) < 0.01 else number
+
+    def make_rows(self, label: str, members: list[Run]) -> list[Row]:
         tuning, reported = [r for r in members if r.tuning], [r for r in members if not r.tuning]
-        main = Row(label, True, members)
-        others = {}
-        for together in tuned_over(members, horizons):
-            at = f"{label} at {show_tokens(together[0])}" if main.scheduled else label
-            losses = by_rate(tuning or reported, together)
-            rate = min(losses, key=losses.get) if losses else None
-            if len(losses) < 2:
-                notes.append(f"{at}: the rate is not tuned")
-            elif rate in (min(losses), max(losses)):
-                notes.append(f"{at}: the best rate, {rate:g}, is at the edge of those tried")
-            if len(losses) > 1 and not tuning:
-                notes.append(f"{at}: the rate was chosen on the seeds that are reported")
+        main, others = Row(label, True, members), {}
+        reached = [h for h in self.horizons if any(run.at(h) for run in members)]
+        # a rate is chosen for each horizon of what has a schedule, for all at once of the others
+        for together in [[h] for h in reached] if main.scheduled else [reached]:
+            rate = self.choose_rate(f"{label} at {self.show(together[0])}" if main.scheduled else label,
+                                    by_rate(tuning or reported, together), bool(tuning))
             for run in reported:
-                row = main
-                if run.config["lr"] != rate:
-                    if not tuning:
-                        continue
-                    row = others.setdefault(run.config["lr"], Row(f"{label}, lr {run.config['lr']:g}", False, members))
-                for h in together:
-                    if run.at(h):
-                        row.rates[h] = run.config["lr"]
-                        row.runs.setdefault(h, {})[run.config["seed"]] = run
-        rows += [row for row in (main, *others.values()) if row.runs]
-    return rows
+                other = run.config["lr"]
+                if other == rate:
+                    row = main
+                elif tuning:
+                    row = others.setdefault(other, Row(f"{label}, lr {other:g}", False, members))
+                else:
+                    continue
+                for h in filter(run.at, together):
+                    row.runs.setdefault(h, {})[run.config["seed"]] = run
+        return [row for row in (main, *others.values()) if row.runs]
 
+    def choose_rate(self, title: str, losses: dict[float, float], tuning: bool) -> float | None:
+        rate = min(losses, key=losses.get, default=None)
+        if len(losses) < 2:
+            self.notes.append(f"{title}: the rate is not tuned")
+        elif rate in (min(losses), max(losses)):
+            self.notes.append(f"{title}: the best rate, {rate:g}, is at the edge of those tried")
+        if len(losses) > 1 and not tuning:
+            self.notes.append(f"{title}: the rate was chosen on the seeds that are reported")
+        return rate
 
-# ---- tables
+    def check_claims(self) -> None:
+        for row in self.rows:
+            few = [h for h in self.horizons if len(row.runs.get(h, {})) == 1]
+            if few:
+                self.notes.append(f"{row.label}: one seed at {', '.join(map(self.show, few))}, so no claim")
+        if len({run.config["eval_tokens"] for run in self.runs}) > 1:
+            self.notes.append("the runs were evaluated on different numbers of tokens: their losses do not compare")
+        for run in self.runs:
+            last = run.evals[-1]["tokens"] if run.evals else 0
+            if run.planned and last != run.planned:
+                self.notes.append(f"{run.name}: ended after {self.show(last)} of {self.show(run.planned)}")
 
-PARAMETERS = {}  # tokens of 1x, for show_tokens
-
-
-def show_tokens(tokens: int) -> str:
-    number = f"{tokens / 1e9:.3g}B" if tokens >= 1e9 else f"{tokens / 1e6:.3g}M"
-    times = tokens / PARAMETERS["1x"] if PARAMETERS.get("1x") else 0
-    return f"{number} ({round(times)}x)" if times and abs(times / max(1, round(times)) - 1) < 0.01 else number
+    def reference(self, optimizer: str) -> Row | None:
+        """What others are compared with: its row with the most runs, the best one of those."""
+        candidates = [row for row in self.rows if row.config["optimizer"] == optimizer and row.scheduled and row.main]
+        return max(candidates, default=None, key=lambda row: (sum(map(len, row.runs.values())), -row.mean(max(row.runs))))
 
 
 def count_parameters(config: dict) -> int | None:
@@ -214,11 +245,7 @@ def count_parameters(config: dict) -> int | None:
     return sum(p.numel() for p in model.parameters())
 
 
-def reference(rows: list[Row], optimizer: str) -> Row | None:
-    """What others are compared with: its row with the most runs, the best one of those."""
-    candidates = [row for row in rows if row.optimizer == optimizer and row.scheduled and row.main]
-    return max(candidates, default=None, key=lambda row: (sum(map(len, row.runs.values())), -row.mean(max(row.runs))))
-
+# ---- tables
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)) + "\n"
@@ -231,10 +258,14 @@ def loss_cell(row: Row, h: int) -> str:
     return f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else "") + f" ({len(losses)})"
 
 
+def rate_cell(row: Row) -> str:
+    return " / ".join(dict.fromkeys(f"{run.config['lr']:g}" for h in sorted(row.runs) for run in row.runs[h].values()))
+
+
 def difference_cell(row: Row, other: Row, h: int) -> str:
     a, b = row.losses(h), other.losses(h)
     seeds = sorted(a.keys() & b.keys())
-    if not seeds or row is other:
+    if not seeds:
         return ""
     differences = [a[s] - b[s] for s in seeds]
     cell = f"{mean(differences):+.4f}"
@@ -247,239 +278,48 @@ def difference_cell(row: Row, other: Row, h: int) -> str:
 def fraction_cell(row: Row, other: Row, h: int) -> str:
     """Tokens to the other's loss at this horizon, as a fraction of the other's tokens; of what has no run of this length,
     of the runs it has."""
-    target = other.mean(h)
-    runs = {seed: [r for by_seed in row.runs.values() for s, r in by_seed.items() if s == seed]
-            for by_seed in row.runs.values() for seed in by_seed}
-    reached = [min((t["tokens"] for r in rs if (t := r.tokens_to(target))), default=math.inf) / h for rs in runs.values()]
-    longest = max(row.runs) / h
-    if any(map(math.isinf, reached)):
+    if h not in other.runs:
+        return ""
+    reached, longest = row.reach(other.mean(h)), max(row.runs) / h
+    if None in reached:
         return f"> {longest:.2f}" if longest >= 1 else ""
-    return f"{mean(reached):.2f}"
+    return f"{mean(e['tokens'] for e in reached) / h:.2f}"
 
 
-def tables(rows: list[Row], horizons: list[int], target: float | None) -> str:
-    rows = sorted(rows, key=lambda row: (max(row.runs) != max(horizons), row.mean(max(row.runs))))
-    header = [show_tokens(h) for h in horizons]
-    text = "Validation loss, mean ± standard deviation (number of seeds), lowest first:\n\n"
-    rate = [" / ".join(dict.fromkeys(f"{row.rates[h]:g}" for h in horizons if h in row.rates)) for row in rows]
-    text += markdown(["optimizer", *header, "lr"],
-                     [[row.label, *(loss_cell(row, h) for h in horizons), r] for row, r in zip(rows, rate)])
-    for optimizer in ("adamw", "normuon"):
-        other = reference(rows, optimizer)
-        if other and len(rows) > 1:
-            text += f"\nDifference to {other.label} of the same length (p of the paired test over seeds):\n\n"
-            text += markdown(["optimizer", *header], [
-                [row.label, *(difference_cell(row, other, h) for h in horizons)] for row in rows if row is not other])
-    other = reference(rows, "adamw")
-    if other and len(rows) > 1:
-        text += f"\nTokens to the loss of {other.label}, as a fraction of its tokens:\n\n"
-        text += markdown(["optimizer", *header], [
-            [row.label, *(fraction_cell(row, other, h) if h in other.runs else "" for h in horizons)]
-            for row in rows if row is not other])
-    text += "\nSeconds of training (the fastest run at any rate; without evaluation, checkpoints and start-up):\n\n"
-    text += markdown(["optimizer", *header], [
-        [row.label, *(f"{min(r.at(h)['train_time_s'] for r in row.members if r.at(h)):.0f}" if h in row.runs else ""
-                      for h in horizons)] for row in rows if row.main])
+def seconds_cell(row: Row, h: int) -> str:
+    return f"{min(r.at(h)['train_time_s'] for r in row.members if r.at(h)):.0f}" if h in row.runs else ""
+
+
+def target_cells(row: Row, target: float) -> list[str]:
+    seeds = row.reach(target)
+    reached = list(filter(None, seeds))
+    cells = [f"{mean(e[k] for e in reached):.0f}" if reached else "" for k in ("step", "tokens", "train_time_s")]
+    return [cells[0] or "not reached", *cells[1:], f"{len(reached)} of {len(seeds)}"]
+
+
+def tables(c: Comparison, target: float | None) -> str:
+    rows = sorted(c.rows, key=lambda row: (max(row.runs) != max(c.horizons), row.mean(max(row.runs))))
+    header = ["optimizer", *map(c.show, c.horizons)]
+    found = []
+
+    def table(title, cell, rows):  # a column for each horizon
+        found.append(f"{title}:\n\n" + markdown(header, [[r.label, *(cell(r, h) for h in c.horizons)] for r in rows]))
+
+    found.append("Validation loss, mean ± standard deviation (number of seeds), lowest first:\n\n" + markdown(
+        [*header, "lr"], [[row.label, *(loss_cell(row, h) for h in c.horizons), rate_cell(row)] for row in rows]))
+    adamw, normuon = c.reference("adamw"), c.reference("normuon")
+    for other in filter(None, (adamw, normuon)) if len(rows) > 1 else ():
+        table(f"Difference to {other.label} of the same length (p of the paired test over seeds)",
+              lambda row, h: difference_cell(row, other, h), [row for row in rows if row is not other])
+    if adamw and len(rows) > 1:
+        table(f"Tokens to the loss of {adamw.label}, as a fraction of its tokens",
+              lambda row, h: fraction_cell(row, adamw, h), [row for row in rows if row is not adamw])
+    table("Seconds of training (the fastest run at any rate; without evaluation, checkpoints and start-up)",
+          seconds_cell, [row for row in rows if row.main])
     if target is not None:
-        text += f"\nTo a validation loss of {target:g}:\n\n"
-        lines = []
-        for row in rows:
-            best = {}
-            for by_seed in row.runs.values():
-                for seed, run in by_seed.items():
-                    if (t := run.tokens_to(target)) and t["tokens"] < best.get(seed, {"tokens": math.inf})["tokens"]:
-                        best[seed] = t
-            cells = [f"{mean(t[k] for t in best.values()):.0f}" for k in ("step", "tokens", "train_time_s")] if best else \
-                ["not reached", "", ""]
-            seeds = {seed for by_seed in row.runs.values() for seed in by_seed}
-            lines.append([row.label, *cells, f"{len(best)} of {len(seeds)}"])
-        text += markdown(["optimizer", "steps", "tokens", "seconds", "seeds"], lines)
-    return text
-
-
-def check_claims(runs: list[Run], rows: list[Row], horizons: list[int], notes: list[str]) -> None:
-    for row in rows:
-        few = [h for h in horizons if len(row.runs.get(h, {})) == 1]
-        if few:
-            notes.append(f"{row.label}: one seed at {', '.join(map(show_tokens, few))}, so no claim")
-    if len({run.config["eval_tokens"] for run in runs}) > 1:
-        notes.append("the runs were evaluated on different numbers of tokens: their losses do not compare")
-    for run in runs:
-        last = run.evals[-1]["tokens"] if run.evals else 0
-        if run.planned and last != run.planned:
-            notes.append(f"{run.name}: ended after {show_tokens(last)} of {show_tokens(run.planned)}")
-
-
-# ---- figures
-
-COLORS = ["#d1495b", "#2e86ab", "#e0912f", "#3f9b5f", "#8e5bb5", "#9c6b4e", "#c05fa0", "#7a8288", "#17a2a2", "#a3a02c"]
-
-
-def figures(rows: list[Row], runs: list[Run], horizons: list[int], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey = "#808890"  # reads on white and on black, and the background is transparent
-    plt.rcParams.update({"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
-                         "ytick.color": grey, "axes.titlecolor": grey, "legend.labelcolor": grey, "grid.color": grey,
-                         "grid.alpha": 0.25, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.frameon": False, "savefig.transparent": True, "svg.hashsalt": "", "font.size": 10,
-                         "axes.prop_cycle": plt.cycler(color=COLORS), "lines.linewidth": 1.8, "lines.markersize": 5})
-    color = {row.label: COLORS[i % len(COLORS)] for i, row in enumerate(row for row in rows if row.main)}
-    for row in rows:  # at another rate, in its method's color
-        color.setdefault(row.label, color.get(row.label.rpartition(", lr ")[0], grey))
-    loss = "validation loss (nats)"
-    out.mkdir(parents=True, exist_ok=True)
-
-    def panels(n=1):
-        figure, axes = plt.subplots(1, n, figsize=(7.5 if n == 1 else 4.8 * n, 4.5), squeeze=False, layout="constrained")
-        return figure, axes[0]
-
-    def save(figure, name):
-        for ending, more in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
-            figure.savefig(out / f"{name}.{ending}", **more)
-        plt.close(figure)
-
-    def curve(axis, row, **style):
-        """Mean over the seeds of the longest runs."""
-        members = list(row.runs[max(row.runs)].values())
-        points = [e["tokens"] for e in members[0].evals if all(any(f["tokens"] == e["tokens"] for f in m.evals) for m in members)]
-        values = [mean(next(f["val_loss"] for f in m.evals if f["tokens"] == t) for m in members) for t in points]
-        axis.plot(points, values, **{"label": row.label, "color": color[row.label], **style})
-        return values
-
-    def token_axis(axis):
-        axis.set_xscale("log")
-        axis.set_xticks(horizons, [show_tokens(h) for h in horizons])
-        axis.minorticks_off()
-        axis.set_xlabel("training tokens")
-
-    def rate_axis(axis):
-        rates = sorted({x for line in axis.lines for x in line.get_xdata()})
-        doublings = [rates[0] * 2**k for k in range(round(math.log2(rates[-1] / rates[0])) + 1)]
-        axis.set(xscale="log", xlabel="learning rate")
-        axis.set_xticks(doublings, [f"{rate:g}" for rate in doublings])
-        axis.minorticks_off()
-
-    main = [row for row in rows if row.main]
-    anytime = [row for row in rows if not row.scheduled]
-    scheduled = [row for row in rows if row.scheduled and row.main]
-    ablation = {"decay_at", "momentum", "normalize_rows"}
-    default = asdict(Config())
-
-    def variants(optimizer, knob):
-        """Rows of an optimizer that differ in one knob from its default one."""
-        found = {}
-        for row in main:
-            config = next(iter(row.runs[max(row.runs)].values())).config
-            if row.optimizer == optimizer and all(config[k] == default[k] for k in ablation - {knob}):
-                found[config[knob]] = row
-        return found if len(found) > 1 else {}
-
-    ablated = {id(row) for optimizer in ("sf_normuon", "sf_adamw") for knob in ablation
-               for value, row in variants(optimizer, knob).items() if value != default[knob]}
-
-    if anytime and scheduled:  # Fig. 1
-        figure, (axis,) = panels()
-        low = []
-        most = max(len(by_seed) for row in rows for by_seed in row.runs.values())
-        shown = [row for row in rows if len(row.runs[max(row.runs)]) > 1 or most == 1]  # the others are in Fig. 7
-        for row in anytime:
-            if row in shown and id(row) not in ablated:
-                low += curve(axis, row, linestyle="-" if row.main else ":")[1:]
-        for row in scheduled:
-            if row not in shown:
-                continue
-            points = sorted(row.runs)
-            axis.plot(points, [row.mean(h) for h in points], "o--", color=color[row.label], label=f"{row.label}, one run each")
-            low += [row.mean(h) for h in points]
-        token_axis(axis)
-        axis.set(ylabel=loss, xlim=(horizons[0] / 4.4, horizons[-1] * 1.1), ylim=(min(low) * 0.98, sorted(low)[int(len(low) * 0.97)] * 1.02))
-        axis.legend()
-        save(figure, "fig1_loss_over_tokens")
-
-    pairs = [(o, v) for o in ("sf_normuon", "sf_adamw") if (v := variants(o, "decay_at"))]
-    if pairs:  # Fig. 2
-        figure, axes = panels(len(pairs))
-        for axis, (optimizer, found) in zip(axes, pairs):
-            values = [v for value, row in found.items() for v in curve(axis, row, label=f"decay at {value}")[1:]]
-            token_axis(axis)
-            axis.set(ylabel=loss, title=NAMES[optimizer], ylim=(min(values) * 0.99, sorted(values)[int(len(values) * 0.95)] * 1.02))
-            axis.legend()
-        save(figure, "fig2_decay")
-
-    pairs = [(k, v) for k in ("momentum", "normalize_rows") if (v := variants("sf_normuon", k))]
-    if pairs:  # Fig. 3
-        figure, axes = panels(len(pairs))
-        for axis, (knob, found) in zip(axes, pairs):
-            values = [v for value, row in found.items() for v in curve(axis, row, label=f"{knob} {value}")[2:]]
-            token_axis(axis)
-            axis.set(ylabel=loss, title=f"SF-NorMuon, {knob}", ylim=(min(values) * 0.99, max(values) * 1.01))
-            axis.legend()
-        save(figure, "fig3_momentum_and_rows")
-
-    steady = [row for row in anytime if row.optimizer == "sf_normuon" and id(row) not in ablated]
-    if steady:  # Fig. 4
-        figure, axes = panels(3)
-        for row in steady:
-            run = next(iter(row.runs[max(row.runs)].values()))
-            lines = [e for e in run.evals if "rho" in e]
-            t, style = [e["tokens"] for e in lines], {"color": color[row.label]}
-            axes[0].plot(t, [e["lambda_rho"] for e in lines], label=f"{row.label}: λρ", **style)
-            axes[0].plot(t, [e["lambda_rho_predicted"] for e in lines], "--", label="predicted", **style)
-            axes[1].plot(t, [e["alpha"] for e in lines], label=row.label, **style)
-            axes[2].plot(t[1:], [100 * abs(b["rho"] / a["rho"] - 1) / (b["step"] - a["step"]) for a, b in zip(lines, lines[1:])], **style)
-        for axis, name in zip(axes, ("λρ = λ RMS(z), and its prediction", "α, cosine of z and P̂", "change of ρ in a step (%)")):
-            token_axis(axis)
-            axis.set_title(name)
-        axes[0].legend()
-        axes[2].set_yscale("log")
-        save(figure, "fig4_steady_state")
-
-    sweeps = {}  # label: {horizon: {rate: loss}}
-    for label, members in by_method(runs).items():
-        members = [r for r in members if r.tuning] or members
-        sweeps[label] = {h: ls for h in horizons if len(ls := {
-            rate: l for rate, l in by_rate(members, [h]).items() if math.isfinite(l)}) > 1}
-    if any(sweeps.values()):  # Fig. 5
-        h = max((h for s in sweeps.values() for h in s), key=lambda h: (sum(h in s for s in sweeps.values()), h))
-        figure, (axis,) = panels()
-        values = []
-        for label, s in sweeps.items():
-            if h in s:
-                axis.plot(list(s[h]), list(s[h].values()), "o-", label=label, color=color.get(label))
-                values += s[h].values()
-        rate_axis(axis)
-        axis.set(ylabel=loss, title=f"after {show_tokens(h)}",
-                 ylim=(min(values) * 0.98, min(max(values), min(values) * 1.35)))
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        save(figure, "fig5_learning_rate")
-
-    adamw = reference(rows, "adamw")
-    if adamw and sweeps.get(adamw.label):  # Fig. 6
-        figure, (axis,) = panels()
-        for h, losses in sweeps[adamw.label].items():
-            axis.plot(list(losses), list(losses.values()), "o-", label=show_tokens(h))
-            best = min(losses, key=losses.get)
-            axis.plot(best, losses[best], "o", color=axis.lines[-1].get_color(), markersize=10)
-        rate_axis(axis)
-        axis.set(ylabel=loss, title=f"{adamw.label}: the best rate of each length is marked")
-        axis.legend()
-        save(figure, "fig6_adamw_sweep")
-
-    if len(rows) > 2:  # Fig. 7
-        h = max(horizons, key=lambda h: (sum(h in row.runs for row in rows), h))
-        there = sorted((row for row in rows if h in row.runs), key=lambda row: -row.mean(h))
-        figure, (axis,) = panels()
-        for i, row in enumerate(there):
-            losses = list(row.losses(h).values())
-            axis.plot(losses, [i] * len(losses), ".", color=color[row.label], alpha=0.6)
-            axis.plot(mean(losses), i, "|", color=color[row.label], markersize=18, markeredgewidth=2.5)
-        axis.set_yticks(range(len(there)), [row.label for row in there])
-        axis.set(xlabel=loss, title=f"after {show_tokens(h)}: seeds and their mean")
-        save(figure, "fig7_all_optimizers")
+        found.append(f"To a validation loss of {target:g}:\n\n" + markdown(
+            ["optimizer", "steps", "tokens", "seconds", "seeds"], [[row.label, *target_cells(row, target)] for row in rows]))
+    return "\n".join(found)
 
 
 # ---- the report
@@ -488,27 +328,23 @@ def report(paths: list[str], target: float | None, out: Path | None) -> str:
     settings = defaultdict(list)
     for run in read_runs(paths):
         settings[tuple(run.config[k] for k in SETTING)].append(run)
-    text = []
-    for i, (setting, runs) in enumerate(settings.items()):
-        parameters = count_parameters(runs[0].config)
-        PARAMETERS["1x"] = 20 * parameters if parameters else None
-        notes, horizons = [], horizons_of(runs)
-        rows = make_rows(runs, horizons, notes)
-        knobs = dict(zip(SETTING, setting))
-        size = f"{parameters:,} parameters, " if parameters else ""
-        part = (f"{size}{knobs['n_layer']} layers of width {knobs['n_embd']}, {knobs['total_batch_tokens']:,} tokens a step, "
-                f"data {knobs['data_dir']}.\n\n") if len(settings) > 1 or parameters else ""
-        if not rows:
-            text.append(part + "No run has got to a planned length yet.\n")
+    parts = []
+    for i, runs in enumerate(settings.values()):
+        c, knobs, part = Comparison(runs), runs[0].config, ""
+        if c.parameters or len(settings) > 1:
+            part = (f"{c.parameters:,} parameters, " if c.parameters else "") + (
+                f"{knobs['n_layer']} layers of width {knobs['n_embd']}, {knobs['total_batch_tokens']:,} tokens a step, "
+                f"data {knobs['data_dir']}.\n\n")
+        if not c.rows:
+            parts.append(part + "No run has got to a planned length yet.\n")
             continue
-        check_claims(runs, rows, horizons, notes)
-        part += tables(rows, horizons, target)
-        if notes:
-            part += "\nNotes:\n\n" + "".join(f"- {note}\n" for note in dict.fromkeys(notes))
-        text.append(part)
+        part += tables(c, target)
+        if c.notes:
+            part += "\nNotes:\n\n" + "".join(f"- {note}\n" for note in dict.fromkeys(c.notes))
+        parts.append(part)
         if out:
-            figures(rows, runs, horizons, out if len(settings) == 1 else out / str(i))
-    return "\n".join(text)
+            figures.draw(c, out if len(settings) == 1 else out / str(i))
+    return "\n".join(parts)
 
 
 def rewrite(readme: Path, study: str, text: str, check: bool) -> None:
@@ -545,4 +381,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any command
     main()
