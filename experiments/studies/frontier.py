@@ -15,7 +15,7 @@ fixed = dict(anytime, lr=0.032)
 step = dict(horizons=(1, 2, 4), seeds=(0,))  # carries no claim
 
 optimizers = {
-    "normuon_linear": dict(small["normuon"], schedule="linear"),
+    "normuon_linear": dict(small["normuon"], schedule="linear", lr=[0.016, 0.032, 0.064]),
     "anytime": anytime,
     "paper": paper,
     "paper_decay_at_y": dict(paper, decay_at="y", **step),
