@@ -76,24 +76,7 @@ class NorMuon(torch.optim.Optimizer):
         return u
 
 
-class MovingBeta(ScheduleFree):
-    """What the two methods share whose β is not constant: groups hold the one that y was written with last."""
-
-    def _beta(self, group):
-        return group["beta"]
-
-    def _set_beta(self, group, beta, moving):
-        """Writes y anew with another β, but for the parameters that are about to move."""
-        moving = set(moving)
-        still = [p for p in group["params"] if p in self.state and p not in moving]
-        if still and beta != group["beta"]:
-            y, z = local(still), local(self._states(still, "z"))
-            torch._foreach_lerp_(y, z, 1 - 1 / group["beta"])  # x
-            torch._foreach_lerp_(y, z, 1 - beta)
-        group["beta"] = beta
-
-
-class AMUSE(MovingBeta):
+class AMUSE(ScheduleFree):
     """AMUSE (arXiv:2605.22432): schedule-free Muon whose gradient moves from near z to x as the average slows down.
 
         M ← μ M + (1-μ) g,  P = polar((1-μ) g + μ M)                  Nesterov, no row normalization
@@ -139,7 +122,7 @@ class AMUSE(MovingBeta):
             w = t ** group["averaging_power"] * lr**2
             group["weight_sum"] += w
             c = w / group["weight_sum"]
-            old_beta, beta = self._beta(group), group["betas"][0]
+            old_beta, beta = group["beta"], group["betas"][0]
             if t <= group["warmup_steps"]:
                 group["c0"] = c
             else:
@@ -161,7 +144,7 @@ class AMUSE(MovingBeta):
         return list((0.2 * math.sqrt(max(params[0].shape)) * polar(update, group["ns_steps"], group["ns_dtype"])).unbind())
 
 
-class ScheduleFreePlus(MovingBeta):
+class ScheduleFreePlus(ScheduleFree):
     """ScheduleFree+ (arXiv:2605.19095): schedule-free AdamW that finds its rate by itself, as Polyak's step.
 
         G = Σ|g|,  I = β Σ⟨g, z-x⟩,  e ← βp e + (1-βp) √(π/2) G,  ê = e / (1 - βp^(k+1)),  k = 0, 1, ...

@@ -55,7 +55,8 @@ class Config:
     normalize_rows: bool = True  # sf_normuon, normuon
     ns_steps: int = 5  # Newton-Schulz iterations
     rho: float = 0.8  # amuse: how fast the gradient moves from near z to x
-    averaging_power: float = 0.0  # amuse, schedulefree_plus: r of the average's weights, tʳ
+    averaging_power: float = 0.0  # schedule-free ones: r of the average's weights, tʳ
+    beta_power: float = 0.0  # sf_normuon, sf_adamw: p of 1-β1, which falls as (warmup_steps / t)ᵖ
     averaging_start: int = 0  # schedulefree_plus: steps until the average starts
     polyak_beta: float = 0.0  # schedulefree_plus: of the average of gradient norms
     beta_anneal_steps: int = 0  # schedulefree_plus: steps over which β grows from 0.9 to 0.965
@@ -141,8 +142,8 @@ def check(cfg: Config) -> None:
         if getattr(cfg, key) < 1:
             raise Failure(f"{key} must be at least 1, got {getattr(cfg, key)}", 2)
     for key in ("lr", "weight_decay", "adam_lr", "adam_weight_decay", "min_lr_ratio", "grad_clip", "warmup_steps",
-                "max_tokens", "vocab_size", "seed", "shard_size", "rho", "averaging_power", "averaging_start",
-                "beta_anneal_steps"):
+                "max_tokens", "vocab_size", "seed", "shard_size", "rho", "averaging_power", "beta_power",
+                "averaging_start", "beta_anneal_steps"):
         if getattr(cfg, key) < 0:
             raise Failure(f"{key} must not be negative, got {getattr(cfg, key)}", 2)
     if cfg.optimizer in SCHEDULE_FREE and cfg.schedule != "constant":

@@ -189,7 +189,7 @@ def check_group(group: dict) -> None:
 class ScheduleFree(torch.optim.Optimizer):
     """What schedule-free optimizers share: the parameter holds y while training and x while evaluating, the state z.
 
-    Their groups have train_mode, step and warmup_steps.
+    Their groups have train_mode, step, warmup_steps and beta, the β with which y was written last.
     """
 
     def train(self) -> None:
@@ -205,14 +205,20 @@ class ScheduleFree(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p in self.state]
             if group["train_mode"] != train_mode and params:
-                beta = self._beta(group)
+                beta = group["beta"]
                 weight = 1 - beta if train_mode else 1 - 1 / beta  # y = x + (1-β) (z-x), x = y + (1-1/β) (z-y)
                 torch._foreach_lerp_(local(params), local(self._states(params, "z")), weight)
             group["train_mode"] = train_mode
 
-    def _beta(self, group) -> float:
-        """The β with which y was written last."""
-        return group["betas"][0]
+    def _set_beta(self, group, beta, moving):
+        """Writes y anew with another β, but for the parameters that are about to move."""
+        moving = set(moving)
+        still = [p for p in group["params"] if p in self.state and p not in moving]
+        if still and beta != group["beta"]:
+            y, z = local(still), local(self._states(still, "z"))
+            torch._foreach_lerp_(y, z, 1 - 1 / group["beta"])  # x
+            torch._foreach_lerp_(y, z, 1 - beta)
+        group["beta"] = beta
 
     def _begin(self, closure):
         """What step() starts with: returns the closure's loss, or None."""
@@ -253,6 +259,9 @@ class SFNorMuon(ScheduleFree):
     warmup_steps: T_warmup. ns_steps, ns_dtype: of `newton_schulz`.
     decay_at: "z" (the method), "y" or "none", the ablation of the paper's Fig. 2; for every group.
     normalize_rows: False leaves the row normalization out, the ablation of Fig. 3.
+    averaging_power: r, of weights tʳ η_t² in the average: above 0, it forgets its beginning sooner.
+    beta_power: p, of 1-β1, which falls as (T_warmup / t)^p after the warm-up: the gradient moves from near z to x.
+        Both are not the paper's, whose method is r = p = 0 (experiments/results/frontier.md says what they do).
 
     Keep the parameters in float32: updates of RMS 0.2 η would be lost in the rounding of bfloat16 weights.
     A parameter without a gradient is skipped. Gradients that are not finite raise nothing here.
@@ -261,19 +270,21 @@ class SFNorMuon(ScheduleFree):
     """
 
     def __init__(self, params, lr=0.008, betas=BETAS, momentum=0.8, weight_decay=0.05, warmup_steps=2000, eps=1e-8,
-                 ns_steps=5, ns_dtype=None, decay_at="z", normalize_rows=True):
+                 ns_steps=5, ns_dtype=None, decay_at="z", normalize_rows=True, averaging_power=0.0, beta_power=0.0):
         if decay_at not in ("z", "y", "none"):
             raise ValueError(f'decay_at must be "z", "y" or "none", got {decay_at!r}')
         super().__init__(params, dict(
             lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps, eps=eps,
-            ns_steps=ns_steps, ns_dtype=ns_dtype, decay_at=decay_at, normalize_rows=normalize_rows, use_muon=True,
-            step=0, weight_sum=0.0, train_mode=True))
+            ns_steps=ns_steps, ns_dtype=ns_dtype, decay_at=decay_at, normalize_rows=normalize_rows,
+            averaging_power=averaging_power, beta_power=beta_power, use_muon=True, step=0, weight_sum=0.0, train_mode=True))
 
     def add_param_group(self, group):
         if not group.get("use_muon", True) and self.defaults["betas"] is BETAS:  # betas was left at its default
             group.setdefault("betas", ADAMW_BETAS)
         super().add_param_group(group)
+        group["beta"] = group["betas"][0]
         check_group(group)
+        check_not_negative(group, "averaging_power", "beta_power")
         if not 0 < group["betas"][0] <= 1:  # x could not be recovered from y = z
             raise ValueError(f"beta1 must be in (0, 1], got {group['betas'][0]}")
 
@@ -291,14 +302,16 @@ class SFNorMuon(ScheduleFree):
             if not params or group["lr"] == 0:
                 continue
             group["step"] += 1
-            lr = self._warmed_up_lr(group)
-            group["weight_sum"] += lr * lr
-            c = lr * lr / group["weight_sum"]
-            if group["use_muon"]:
-                for bucket in same_shape(params):
-                    self._move(group, bucket, self._matrix_direction(group, bucket), lr, c)
-            else:
-                self._move(group, params, self._adamw_direction(group, params), lr, c)
+            t, lr = group["step"], self._warmed_up_lr(group)
+            w = t ** group["averaging_power"] * lr * lr
+            group["weight_sum"] += w
+            c = w / group["weight_sum"]
+            old_beta = group["beta"]
+            lead = min(1.0, max(1, group["warmup_steps"]) / t) ** group["beta_power"] * (1 - group["betas"][0])  # 1-β
+            self._set_beta(group, 1 - lead, params)
+            for bucket in same_shape(params) if group["use_muon"] else [params]:
+                direction = self._matrix_direction if group["use_muon"] else self._adamw_direction
+                self._move(group, bucket, direction(group, bucket), lr, c, old_beta)
         return loss
 
     def _init_state(self, p, use_muon):
@@ -322,13 +335,14 @@ class SFNorMuon(ScheduleFree):
             self._states(params, "momentum_buffer"), self._states(params, "row_second_moment"), beta2, group["eps"],
             group["ns_steps"], group["ns_dtype"], group["normalize_rows"])
 
-    def _move(self, group, params, u, lr, c):
-        """z ← z - η_t u, the average and y = (1-β1) z + β1 x, with x eliminated: the parameter goes from y to y."""
-        y, z, beta1 = local(params), local(self._states(params, "z")), group["betas"][0]
+    def _move(self, group, params, u, lr, c, old_beta):
+        """z ← z - η_t u, the average and y = (1-β) z + β x, with x eliminated: the parameter goes from y to y."""
+        y, z, beta = local(params), local(self._states(params, "z")), group["beta"]
         if group["decay_at"] != "none":
             torch._foreach_add_(u, z if group["decay_at"] == "z" else y, alpha=group["weight_decay"])
-        torch._foreach_lerp_(y, z, c)  # y ← (1-c) y + c z - (1 - β1 (1-c)) η_t u, with the old z
-        torch._foreach_add_(y, u, alpha=-lr * (1 - beta1 * (1 - c)))
+        # y ← (1-c) y + c z - (1 - β (1-c)) η_t u, with the old z, and with (1-c) β / β_old for 1-c where β moves
+        torch._foreach_lerp_(y, z, 1 - (1 - c) * beta / old_beta)
+        torch._foreach_add_(y, u, alpha=-lr * (1 - beta * (1 - c)))
         torch._foreach_add_(z, u, alpha=-lr)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ MATRICES = [(6, 4), (6, 4), (4, 9), (5, 5), (6, 4), (4, 9), (1, 7)]  # tall, wid
 OTHERS = [(7,), (3, 4), (2, 3, 2), (1,)]
 SHAPES, GROUPS = MATRICES + OTHERS, (slice(4), slice(4, 7), slice(7, 11))  # one shape stands in two groups
 DEFAULTS = dict(lr=0.008, betas=(0.9, 0.95), momentum=0.8, weight_decay=0.05, warmup_steps=2000, eps=1e-8,
-                ns_steps=5, decay_at="z", normalize_rows=True)
+                ns_steps=5, decay_at="z", normalize_rows=True, averaging_power=0.0, beta_power=0.0)
 AMUSE_DEFAULTS = dict(lr=0.01, betas=(0.6, 0.999), momentum=0.95, weight_decay=0.05, warmup_steps=6000, rho=0.8,
                       averaging_power=0.0, eps=1e-10, ns_steps=5)
 PLUS_DEFAULTS = dict(lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, averaging_power=0.0, averaging_start=0,
@@ -33,7 +33,7 @@ PLUS_DEFAULTS = dict(lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0
 FAST = dict(lr=0.1, weight_decay=0.4, warmup_steps=5)  # every term of the update shows within a few steps
 PLUS_FAST = dict(lr=1.0, weight_decay=3.0, warmup_steps=5)
 # Every class with knobs all of which matter, warm-up and annealing over within a few steps.
-KNOBS = {SFNorMuon: FAST, AMUSE: FAST | {"warmup_steps": 2, "averaging_power": 1.0},
+KNOBS = {SFNorMuon: FAST | dict(warmup_steps=2, averaging_power=1.5, beta_power=0.5), AMUSE: FAST | {"warmup_steps": 2, "averaging_power": 1.0},
          ScheduleFreePlus: PLUS_FAST | dict(warmup_steps=2, averaging_power=1.0, averaging_start=1, polyak_beta=0.9,
                                             beta_anneal_steps=4)}
 every = pytest.mark.parametrize("cls", KNOBS, ids=lambda cls: cls.__name__)
@@ -88,16 +88,21 @@ def adam_scale(r, g, beta2, t, eps):
 
 
 def sf_step(params, grads, group):
-    """Algorithm 1, one step of a group, which counts t and s. None among the gradients skips its parameter."""
+    """Algorithm 1, one step of a group, which counts t and s. A parameter whose gradient is None keeps x and z."""
     if group["lr"] == 0:
         return
     (beta1, beta2), mu, eps, lam = group["betas"], group["momentum"], group["eps"], group["weight_decay"]
     t = group["t"] = group.get("t", 0) + 1
-    eta = group["lr"] * min(1, t / max(1, group["warmup_steps"]))
-    s = group["s"] = group.get("s", 0.0) + eta**2
-    c = eta**2 / s
+    T0 = max(1, group["warmup_steps"])
+    eta = group["lr"] * min(1, t / T0)
+    w = t ** group["averaging_power"] * eta**2
+    s = group["s"] = group.get("s", 0.0) + w
+    c = w / s
+    if t > T0:
+        beta1 = 1 - (1 - beta1) * (T0 / t) ** group["beta_power"]
     for r, g in zip(params, grads):
         if g is None:
+            r.y = (1 - beta1) * r.z + beta1 * r.x
             continue
         g = g.double()
         if group["use_muon"]:
@@ -312,7 +317,9 @@ CASES = {
     "no decay": FAST | {"weight_decay": 0.0}, "no momentum": FAST | {"momentum": 0.0},
     "rows as they are": FAST | {"normalize_rows": False}, "large eps": FAST | {"eps": 0.1},
     "betas for all groups": FAST | {"betas": (0.9, 0.95)}, "y is x": FAST | {"betas": (1.0, 0.0)},
-    "3 Newton-Schulz steps": FAST | {"ns_steps": 3},
+    "3 Newton-Schulz steps": FAST | {"ns_steps": 3}, "r 2": FAST | {"averaging_power": 2.0},
+    "p ½": FAST | {"beta_power": 0.5}, "p ½, no warm-up": FAST | {"beta_power": 0.5, "warmup_steps": 0},
+    "r 2, p 1, decay at y": FAST | {"averaging_power": 2.0, "beta_power": 1.0, "warmup_steps": 3, "decay_at": "y"},
 }
 
 
@@ -356,10 +363,10 @@ def test_algorithm_1(case):
     run_both(CASES[case])
 
 
-@pytest.mark.parametrize("decay_at", ["z", "y", "none"])
-def test_algorithm_1_with_overrides_a_schedule_and_missing_gradients(decay_at):
+@pytest.mark.parametrize("knobs", [{"decay_at": "z"}, {"decay_at": "y"}, {"decay_at": "none"}, KNOBS[SFNorMuon]], ids=str)
+def test_algorithm_1_with_overrides_a_schedule_and_missing_gradients(knobs):
     """The schedule passes 0; the first gradient of two parameters comes late."""
-    run_both(FAST | {"decay_at": decay_at}, OVERRIDES, (1.0, 0.5, 2.0, 0.0, 1.5), MISSING)
+    run_both(FAST | knobs, OVERRIDES, (1.0, 0.5, 2.0, 0.0, 1.5), MISSING)
 
 
 def test_algorithm_1_in_float32():
@@ -418,7 +425,7 @@ def test_steady_state():
 BAD = [{"lr": -1.0}, {"lr": math.nan}, {"betas": (1.1, 0.95)}, {"betas": (-0.1, 0.95)}, {"betas": (0.9, 1.0)},
        {"betas": (0.9, -0.1)}, {"weight_decay": -0.1}, {"eps": -1e-8}, {"warmup_steps": -1}]
 BAD_SPECTRAL = [*BAD, {"betas": (0.0, 0.95)}, {"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": -1}]
-BAD = {SFNorMuon: [*BAD_SPECTRAL, {"decay_at": "x"}],
+BAD = {SFNorMuon: [*BAD_SPECTRAL, {"decay_at": "x"}, {"averaging_power": -1.0}, {"beta_power": -0.1}],
        AMUSE: [*BAD_SPECTRAL, {"warmup_steps": 1}, {"rho": -0.1}, {"averaging_power": -1.0}],
        ScheduleFreePlus: [*BAD, {"betas": (1.0, 0.95)}, {"polyak_beta": 1.0}, {"polyak_beta": -0.1}, {"averaging_power": -1.0},
                           {"averaging_start": -1}, {"beta_anneal_steps": -1}]}
@@ -558,7 +565,7 @@ def test_bfloat16_newton_schulz_leaves_state_and_gradients_alone(cls, dtype, mom
     assert not {m.data_ptr() for m in M} & {p.grad.data_ptr() for p in params}
 
 
-OTHER = {SFNorMuon: dict(momentum=0.1, decay_at="none"), AMUSE: dict(momentum=0.1, rho=0.0),
+OTHER = {SFNorMuon: dict(momentum=0.1, decay_at="none", beta_power=0.0), AMUSE: dict(momentum=0.1, rho=0.0),
          ScheduleFreePlus: dict(polyak_beta=0.0, averaging_start=20, beta_anneal_steps=0)}
 
 

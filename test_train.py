@@ -390,7 +390,8 @@ def test_knobs_reach_the_optimizer():
         assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.4]
         return optimizer.param_groups
 
-    knobs = dict(decay_at="y", momentum=0.25, normalize_rows=False, ns_steps=3, warmup_steps=7, lr=0.5)
+    knobs = dict(decay_at="y", momentum=0.25, normalize_rows=False, ns_steps=3, warmup_steps=7, lr=0.5,
+                 averaging_power=2.0, beta_power=0.5)
     a, b = groups(*(f"--{k}={v}" for k, v in knobs.items()), "--adam_lr=0.125", "--adam_betas=0.5,0.6", "--betas=0.7,0.8")
     assert {k: a[k] for k in knobs} == knobs and a["use_muon"] and a["betas"] == (0.7, 0.8)
     assert (b["lr"], b["betas"], b["decay_at"], b["warmup_steps"], b["use_muon"]) == (0.125, (0.5, 0.6), "y", 7, False)
@@ -444,7 +445,7 @@ BAD = {  # name: (arguments, status, what the line must name[, how the working d
     "batch_size": (["--batch_size=5"], 2, ["total_batch_tokens", "batch_size"]),
     "zero": (["--n_layer=0"], 2, ["n_layer"]),
     **{key: ([f"--{key}=-0.5"], 2, [key, "-0.5"]) for key in ("lr", "adam_lr", "weight_decay", "grad_clip", "min_lr_ratio",
-                                                                     "rho", "averaging_power")},
+                                                                     "rho", "averaging_power", "beta_power")},
     **{key: ([f"--{key}=-1"], 2, [key, "-1"]) for key in ("averaging_start", "beta_anneal_steps")},
     "amuse_warmup": (["--optimizer=amuse", "--warmup_steps=1"], 2, ["warmup_steps", "2"]),
     "polyak_beta": (["--optimizer=schedulefree_plus", "--polyak_beta=1"], 2, ["polyak_beta", "1"]),
@@ -605,6 +606,7 @@ SCHEDULED = {  # the part of lr at step t > W
 
 
 OWN = {  # what their state must carry over a resume
+    "sf_adamw": dict(averaging_power=2.0, beta_power=0.5),
     "amuse": dict(betas=(0.6, 0.99), adam_betas=(0.6, 0.99), averaging_power=1.0),
     "schedulefree_plus": dict(betas=(0.3, 0.99), adam_lr=0.15, grad_clip=0, averaging_start=20, averaging_power=1.0,
                               polyak_beta=0.9, beta_anneal_steps=50)}

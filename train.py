@@ -63,7 +63,8 @@ def build_optimizer(cfg: Config, model: GPT):
         dict(params=others, use_muon=False, lr=cfg.adam_lr or cfg.lr, betas=cfg.adam_betas,
              weight_decay=cfg.adam_weight_decay)]
     all_adamw = [{**group, "use_muon": False, "betas": cfg.betas} for group in groups]
-    schedule_free = dict(warmup_steps=cfg.warmup_steps, decay_at=cfg.decay_at)
+    schedule_free = dict(warmup_steps=cfg.warmup_steps, decay_at=cfg.decay_at, averaging_power=cfg.averaging_power,
+                         beta_power=cfg.beta_power)
     spectral = dict(momentum=cfg.momentum, ns_steps=cfg.ns_steps)
     try:
         match cfg.optimizer:

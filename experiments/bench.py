@@ -288,12 +288,13 @@ def loop(args) -> None:
             optimizer.train()
 
         def writing():
-            with open(f"{folder}/raw", "wb") as file:
+            with open(f"{folder}/raw.tmp", "wb") as file:  # beside the last one, as a checkpoint is written
                 for p, state in optimizer.state.items():
                     for t in (p.detach(), *state.values()):
                         file.write(t.cpu().numpy().data)
                 file.flush()
                 os.fsync(file.fileno())
+            os.replace(f"{folder}/raw.tmp", f"{folder}/raw")
 
         training()
         times = take_turns({"training, 1024 tokens": training,

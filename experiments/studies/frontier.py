@@ -1,0 +1,28 @@
+"""An anytime configuration against NorMuon with a linear schedule that is tuned for every length, 1x to 8x, at the size of
+the small study: the winner, the paper's method, and the steps between them. experiments/results/frontier.md is the report.
+"""
+import runpy
+from pathlib import Path
+
+small = runpy.run_path(str(Path(__file__).with_name("small.py")))
+base, tokens, seeds, tuning_seeds = (small[name] for name in ("base", "tokens", "seeds", "tuning_seeds"))
+base = dict(base, compile=True)  # a sixth faster on a CPU
+horizons = 1, 2, 4, 8
+
+paper = dict(optimizer="sf_normuon", lr=0.128)  # the rate that the small study chose
+anytime = dict(optimizer="sf_normuon", lr=0.032, decay_at="y", weight_decay=0.03, adam_weight_decay=0.03,
+               betas=(0.4, 0.95), adam_betas=(0.4, 0.99), momentum=0.9, averaging_power=2.0, beta_power=0.5)
+step = dict(horizons=(1, 2, 4), seeds=(0,))  # carries no claim
+
+optimizers = {
+    "normuon_linear": dict(small["normuon"], schedule="linear", lr=[0.016, 0.032, 0.064]),
+    "anytime": anytime,
+    "paper": paper,
+    "paper_decay_at_y": dict(paper, decay_at="y", **step),
+    "anytime_decay_at_z": dict(anytime, decay_at="z", **step),
+    "anytime_average_uniform": dict(anytime, averaging_power=0.0, **step),
+    "anytime_beta_constant": dict(anytime, beta_power=0.0, **step),
+    "anytime_beta_paper": dict(anytime, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), **step),
+    "anytime_momentum_0.8": dict(anytime, momentum=0.8, **step),
+    "anytime_weight_decay_0.05": dict(anytime, weight_decay=0.05, adam_weight_decay=0.05, **step),
+}
