@@ -160,16 +160,6 @@ def show_value(value) -> str:
     return ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
-def by_rate(runs: list[Run], horizons: list[int]) -> dict[float, float]:
-    """Mean over seeds and horizons of the loss, for every rate, inf for one that diverged."""
-    losses = defaultdict(list)
-    for run in runs:
-        for h in horizons:
-            if not run.scheduled or run.planned == h:
-                losses[run.config["lr"]].append(run.at(h)["val_loss"] if run.at(h) else math.inf)
-    return {rate: mean(ls) for rate, ls in sorted(losses.items())}
-
-
 # ---- what is compared
 
 class Comparison:
@@ -196,7 +186,7 @@ class Comparison:
         # a rate is chosen for each horizon of what has a schedule, for all at once of the others
         for together in [[h] for h in reached] if main.scheduled else [reached]:
             rate = self.choose_rate(f"{label} at {self.show(together[0])}" if main.scheduled else label,
-                                    by_rate(tuning or reported, together), bool(tuning))
+                                    self.by_rate(tuning or reported, together), bool(tuning))
             for run in reported:
                 other = run.config["lr"]
                 if other == rate:
@@ -208,6 +198,16 @@ class Comparison:
                 for h in filter(run.at, together):
                     row.runs.setdefault(h, {})[run.config["seed"]] = run
         return [row for row in (main, *others.values()) if row.runs]
+
+    @staticmethod
+    def by_rate(runs: list[Run], horizons: list[int]) -> dict[float, float]:
+        """Mean over seeds and horizons of the loss, for every rate, inf for one that diverged."""
+        losses = defaultdict(list)
+        for run in runs:
+            for h in horizons:
+                if not run.scheduled or run.planned == h:
+                    losses[run.config["lr"]].append(run.at(h)["val_loss"] if run.at(h) else math.inf)
+        return {rate: mean(ls) for rate, ls in sorted(losses.items())}
 
     def choose_rate(self, title: str, losses: dict[float, float], tuning: bool) -> float | None:
         rate = min(losses, key=losses.get, default=None)
