@@ -109,37 +109,23 @@ class AMUSE(ScheduleFree):
     @torch.no_grad()
     def step(self, closure=None):
         loss = self._begin(closure)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["z"] = p.detach().clone()
-                    self.state[p]["momentum_buffer" if group["use_muon"] else "exp_avg_sq"] = torch.zeros_like(p)
-            if not params or group["lr"] == 0:
-                continue
+        for group, params in self._moving():
             group["step"] += 1
-            t, lr = group["step"], self._warmed_up_lr(group)
-            w = t ** group["averaging_power"] * lr**2
-            group["weight_sum"] += w
-            c = w / group["weight_sum"]
-            old_beta, beta = group["beta"], group["betas"][0]
-            if t <= group["warmup_steps"]:
+            lr, beta = self._warmed_up_lr(group), group["betas"][0]
+            c = self._average_weight(group, lr)
+            if group["step"] <= group["warmup_steps"]:
                 group["c0"] = c
             else:
                 S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
                 beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 only if lr is raised from outside
-            self._set_beta(group, beta, params)
-            for bucket in same_shape(params) if group["use_muon"] else [params]:
-                u = self._matrix_step(group, bucket) if group["use_muon"] else self._adamw_direction(group, bucket)
-                y, z = local(bucket), local(self._states(bucket, "z"))
-                torch._foreach_lerp_(y, z, 1 - 1 / old_beta)  # x
-                torch._foreach_mul_(z, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(z, u, alpha=-lr)
-                torch._foreach_lerp_(y, z, c)  # x ← (1-c) x + c z
-                torch._foreach_lerp_(y, z, 1 - beta)  # y
+            self._move_all(group, params, lr, c, beta)
         return loss
 
-    def _matrix_step(self, group, params):
+    def _init_state(self, p, use_muon):
+        self.state[p]["z"] = p.detach().clone()
+        self.state[p]["momentum_buffer" if use_muon else "exp_avg_sq"] = torch.zeros_like(p)
+
+    def _matrix_direction(self, group, params):
         update = nesterov(self._states(params, "momentum_buffer"), params, group["momentum"])
         return list((0.2 * math.sqrt(max(params[0].shape)) * polar(update, group["ns_steps"], group["ns_dtype"])).unbind())
 
@@ -177,14 +163,7 @@ class ScheduleFreePlus(ScheduleFree):
     @torch.no_grad()
     def step(self, closure=None):
         loss = self._begin(closure)
-        moving = []  # (group, its parameters that have a gradient)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(z=p.detach().clone(), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            if params and group["lr"] != 0:
-                moving.append((group, params))
+        moving = list(self._moving())
         if not moving:
             return loss
         if loss is None:
@@ -196,11 +175,7 @@ class ScheduleFreePlus(ScheduleFree):
             group.update(step=k + 1, gradient_sum=gradient_sum)
             lr = self._warmed_up_lr(group) * polyak
             group["largest_lr"] = max(group["largest_lr"], lr, group["eps"])
-            c = 1.0
-            if k >= group["averaging_start"]:
-                w = (k + 1) ** group["averaging_power"] * group["largest_lr"] ** 2
-                group["weight_sum"] += w
-                c = w / group["weight_sum"] if w else 1.0
+            c = self._average_weight(group, group["largest_lr"]) if k >= group["averaging_start"] else 1.0
             y, z, m, v = (local(ts) for ts in (params, *(self._states(params, n) for n in ("z", "exp_avg", "exp_avg_sq"))))
             g = local([p.grad for p in params])
             x = torch._foreach_lerp(y, z, 1 - 1 / old_beta)
@@ -211,6 +186,9 @@ class ScheduleFreePlus(ScheduleFree):
             torch._foreach_lerp_(x, z, c)
             torch._foreach_copy_(y, torch._foreach_lerp(x, z, 1 - beta))
         return loss
+
+    def _init_state(self, p, use_muon):
+        self.state[p].update(z=p.detach().clone(), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
     def _annealed_beta(self, group):
         progress = min(1.0, group["step"] / group["beta_anneal_steps"]) if group["beta_anneal_steps"] else 0.0

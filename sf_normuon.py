@@ -139,7 +139,7 @@ def normuon_direction(Ms: list[Tensor], vs: list[Tensor], beta2: float, eps: flo
     """
     P = polar(Ms, steps, dtype)
     squares = torch.linalg.vector_norm(P, dim=-1, keepdim=True).square()  # of each row of P, then of P̂
-    factor = torch.full_like(squares, 0.2 * math.sqrt(Ms[0].numel()))
+    factor = 0.2 * math.sqrt(Ms[0].numel())
     if normalize_rows:
         vs = local(vs)
         torch._foreach_lerp_(vs, list((squares / P.size(-1)).unbind()), 1 - beta2)
@@ -189,7 +189,8 @@ def check_group(group: dict) -> None:
 class ScheduleFree(torch.optim.Optimizer):
     """What schedule-free optimizers share: the parameter holds y while training and x while evaluating, the state z.
 
-    Their groups have train_mode, step, warmup_steps and beta, the β with which y was written last.
+    Their groups have train_mode, step, warmup_steps, averaging_power, weight_sum and beta, the β with which y was written
+    last.
     """
 
     def train(self) -> None:
@@ -212,12 +213,13 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _set_beta(self, group, beta, moving):
         """Writes y anew with another β, but for the parameters that are about to move."""
-        moving = set(moving)
-        still = [p for p in group["params"] if p in self.state and p not in moving]
-        if still and beta != group["beta"]:
-            y, z = local(still), local(self._states(still, "z"))
-            torch._foreach_lerp_(y, z, 1 - 1 / group["beta"])  # x
-            torch._foreach_lerp_(y, z, 1 - beta)
+        if beta != group["beta"]:
+            moving = set(moving)
+            still = [p for p in group["params"] if p in self.state and p not in moving]
+            if still:
+                y, z = local(still), local(self._states(still, "z"))
+                torch._foreach_lerp_(y, z, 1 - 1 / group["beta"])  # x
+                torch._foreach_lerp_(y, z, 1 - beta)
         group["beta"] = beta
 
     def _begin(self, closure):
@@ -229,8 +231,24 @@ class ScheduleFree(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
+    def _moving(self):
+        """Each group that a step moves, with its parameters that have a gradient, their state made."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self._init_state(p, group["use_muon"])
+            if params and group["lr"] != 0:
+                yield group, params
+
     def _warmed_up_lr(self, group):
         return float(group["lr"]) * min(1.0, group["step"] / max(1, group["warmup_steps"]))
+
+    def _average_weight(self, group, lr):
+        """c = w / Σw, w = tʳ lr²: the part of z in the average at this step."""
+        w = group["step"] ** group["averaging_power"] * lr * lr
+        group["weight_sum"] += w
+        return w / group["weight_sum"] if group["weight_sum"] else 1.0
 
     def _states(self, params, name):
         return [self.state[p][name] for p in params]
@@ -239,6 +257,24 @@ class ScheduleFree(torch.optim.Optimizer):
         """g / (√v̂ + ε), without a first moment: the place of y between z and x is the momentum."""
         g, v = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq"))
         return torch._foreach_div(g, adam_denominator(v, g, group["betas"][1], group["step"], group["eps"]))
+
+    def _move_all(self, group, params, lr, c, beta):
+        old_beta = group["beta"]
+        self._set_beta(group, beta, params)
+        for bucket in same_shape(params) if group["use_muon"] else [params]:
+            direction = self._matrix_direction if group["use_muon"] else self._adamw_direction
+            self._move(group, bucket, direction(group, bucket), lr, c, old_beta)
+
+    def _move(self, group, params, u, lr, c, old_beta):
+        """z ← z - η_t u, the average and y = (1-β) z + β x, with x eliminated: the parameter goes from y to y."""
+        y, z, beta = local(params), local(self._states(params, "z")), group["beta"]
+        decay_at = group.get("decay_at", "z")
+        if decay_at != "none":
+            torch._foreach_add_(u, z if decay_at == "z" else y, alpha=group["weight_decay"])
+        # y ← (1-c) y + c z - (1 - β (1-c)) η_t u, with the old z, and with (1-c) β / β_old for 1-c where β moves
+        torch._foreach_lerp_(y, z, 1 - (1 - c) * beta / old_beta)
+        torch._foreach_add_(y, u, alpha=-lr * (1 - beta * (1 - c)))
+        torch._foreach_add_(z, u, alpha=-lr)
 
 
 class SFNorMuon(ScheduleFree):
@@ -295,29 +331,15 @@ class SFNorMuon(ScheduleFree):
         Raises RuntimeError in eval mode, because the gradient must have been taken at y.
         """
         loss = self._begin(closure)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self._init_state(p, group["use_muon"])
-            if not params or group["lr"] == 0:
-                continue
+        for group, params in self._moving():
             group["step"] += 1
-            t, lr = group["step"], self._warmed_up_lr(group)
-            w = t ** group["averaging_power"] * lr * lr
-            group["weight_sum"] += w
-            c = w / group["weight_sum"]
-            old_beta = group["beta"]
-            lead = min(1.0, max(1, group["warmup_steps"]) / t) ** group["beta_power"] * (1 - group["betas"][0])  # 1-β
-            self._set_beta(group, 1 - lead, params)
-            for bucket in same_shape(params) if group["use_muon"] else [params]:
-                direction = self._matrix_direction if group["use_muon"] else self._adamw_direction
-                self._move(group, bucket, direction(group, bucket), lr, c, old_beta)
+            lr = self._warmed_up_lr(group)
+            lead = min(1.0, max(1, group["warmup_steps"]) / group["step"]) ** group["beta_power"] * (1 - group["betas"][0])
+            self._move_all(group, params, lr, self._average_weight(group, lr), 1 - lead)  # lead is 1-β
         return loss
 
     def _init_state(self, p, use_muon):
         state = self.state[p]
-        if state:
-            return
         state["z"] = p.detach().clone()
         if use_muon:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -334,16 +356,6 @@ class SFNorMuon(ScheduleFree):
         return normuon_direction(
             self._states(params, "momentum_buffer"), self._states(params, "row_second_moment"), beta2, group["eps"],
             group["ns_steps"], group["ns_dtype"], group["normalize_rows"])
-
-    def _move(self, group, params, u, lr, c, old_beta):
-        """z ← z - η_t u, the average and y = (1-β) z + β x, with x eliminated: the parameter goes from y to y."""
-        y, z, beta = local(params), local(self._states(params, "z")), group["beta"]
-        if group["decay_at"] != "none":
-            torch._foreach_add_(u, z if group["decay_at"] == "z" else y, alpha=group["weight_decay"])
-        # y ← (1-c) y + c z - (1 - β (1-c)) η_t u, with the old z, and with (1-c) β / β_old for 1-c where β moves
-        torch._foreach_lerp_(y, z, 1 - (1 - c) * beta / old_beta)
-        torch._foreach_add_(y, u, alpha=-lr * (1 - beta * (1 - c)))
-        torch._foreach_add_(z, u, alpha=-lr)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
