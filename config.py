@@ -69,6 +69,7 @@ class Config:
     checkpoint_interval: int = 1000
     eval_tokens: int = 10485760  # of the validation data, from its start
 
+
 # What may differ when a run is resumed; everything else belongs to its mathematics.
 FREE = {"out_dir", "max_tokens", "eval_interval", "log_interval", "checkpoint_interval", "batch_size", "device",
         "compile", "activation_checkpointing", "shard_size", "resume", "change_data"}

@@ -24,6 +24,7 @@ import zlib
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import closing
+from functools import cached_property
 
 import numpy as np
 from tqdm import tqdm
@@ -47,7 +48,10 @@ class GPT2Tokenizer:
         import tiktoken
 
         self.encoding = tiktoken.get_encoding("gpt2")
-        self.symbols = [self.encoding.decode_single_token_bytes(token) for token in range(self.vocab_size)]
+
+    @cached_property  # which workers that only encode do not need
+    def symbols(self):
+        return [self.encoding.decode_single_token_bytes(token) for token in range(self.vocab_size)]
 
     def encode(self, text):
         # tiktoken's regular expression overflows its stack on a run of some 500,000 blanks

@@ -808,7 +808,7 @@ def test_sharded_is_plain(processes):
 
 
 def test_readme_lines_for_your_own_loop(monkeypatch):
-    """They run as they stand, move every parameter of their model, and end with the averaged weights in place."""
+    """They run as they stand, move every parameter of their model, and end with the averaged weights of a good model."""
     starts = {}
 
     class Watched(SFNorMuon):
@@ -818,9 +818,14 @@ def test_readme_lines_for_your_own_loop(monkeypatch):
 
     monkeypatch.setattr(sf_normuon, "SFNorMuon", Watched)
     readme = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    exec(re.search(r"your own loop.*?```python\n(.*?)```", readme, re.DOTALL | re.IGNORECASE)[1], names := {})
+    torch.manual_seed(0)
+    exec(re.search(r"## In your own loop.*?```python\n(.*?)```", readme, re.DOTALL)[1], names := {})
     assert set(starts) == set(names["model"].parameters())
     assert all(p.isfinite().all() and not torch.equal(p, starts[p]) for p in starts)
+    x = torch.randn(1000, 8)
+    with torch.no_grad():
+        error = (names["model"](x) - x.sin().sum(1, keepdim=True)).square().mean()
+    assert error < 0.5 < 3 < x.sin().sum(1).var() and not names["opt"].param_groups[0]["train_mode"]
     with pytest.raises(RuntimeError, match="train"):
         names["opt"].step()
 

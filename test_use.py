@@ -235,18 +235,6 @@ def test_export_spares_what_is_there(finished, tmp_path, call):
 
 # ---------------------------------------------------------------- the optimizer elsewhere
 
-def test_loop_of_readme():
-    """The snippet trains, and its model is good."""
-    snippet = re.search(r"## In your own loop.*?```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)[1]
-    torch.manual_seed(0)
-    scope = {}
-    exec(snippet, scope)
-    x = torch.randn(1000, 8)
-    with torch.no_grad():
-        error = (scope["model"](x) - x.sin().sum(1, keepdim=True)).square().mean()
-    assert error < 0.5 < 3 < x.sin().sum(1).var() and not scope["opt"].param_groups[0]["train_mode"]
-
-
 def test_trainer(tmp_path):
     """Checkpoints hold x, also without an evaluation before them, and training goes on from them exactly."""
     pytest.importorskip("transformers")

@@ -10,7 +10,6 @@ On a GPU where there is one, with all layers unless told otherwise.
 """
 import argparse
 import inspect
-import json
 import os
 import resource
 import subprocess
@@ -28,7 +27,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import train
-from checkpoint import save
 from data import write_shard
 from model import GPT, GPTConfig
 from sf_normuon import SFNorMuon

@@ -21,8 +21,11 @@ parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--card", type=float, default=80.0, help="GB")
 parser.add_argument("--measure", action="store_true")
 options, knobs = parser.parse_known_args()
+if options.processes < 1:
+    print(f"memory.py: --processes must be at least 1, got {options.processes}", file=sys.stderr)
+    sys.exit(2)
 if not options.measure:
-    os.environ["WORLD_SIZE"] = str(max(1, options.processes))  # which train.py reads: it refuses here what it would there
+    os.environ["WORLD_SIZE"] = str(options.processes)  # which train.py reads: it refuses here what it would there
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
