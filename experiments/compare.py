@@ -139,7 +139,7 @@ def read_runs(paths: list[str]) -> list[Run]:
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
-    """Each named by its optimizer, and by the knobs in which it differs from the default and from its like."""
+    """Each named by its optimizer, and by the knobs, if they are few, in which it differs from the default and its like."""
     methods, alike, named = defaultdict(list), defaultdict(list), {}
     for run in runs:
         methods[run.method()].append(run)
@@ -151,8 +151,10 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
         schedule = "" if knobs["optimizer"] in SCHEDULE_FREE else f" {knobs['schedule']}"
         differing = [k for k in knobs if any(other[k] != knobs[k] for other in like) and
                      (knobs[k] != DEFAULT[k] or all(other[k] != DEFAULT[k] for other in like))]
-        label = NAMES[knobs["optimizer"]] + schedule + "".join(f", {k} {show_value(knobs[k])}" for k in differing)
-        named[label] = members
+        details = "".join(f", {k} {show_value(knobs[k])}" for k in differing)
+        if len(differing) > 2:  # too many for a table: the name that the study has for it
+            details = f" ({re.sub(r'^tune_|(_[0-9]+x)?_lr[0-9.e-]+_seed[0-9]+$', '', members[0].name)})"
+        named[NAMES[knobs["optimizer"]] + schedule + details] = members
     return named
 
 
