@@ -126,17 +126,14 @@ def fig2_decay(c, color):
         return None
     figure, axes = panels(len(pairs))
     for axis, found in zip(axes, pairs):
-        values = [v for value, row in found.items()
-                  for v in curve(axis, row, color=color[row.label], label=f"decay at {value}")[1:]]
+        values = []
+        for value, row in found.items():
+            values += curve(axis, row, color=color[row.label], label=f"decay at {value}")[1:]
         token_axis(c, axis)
-        axis.set(ylabel=LOSS, title=row_of(found).optimizer,
+        axis.set(ylabel=LOSS, title=row.optimizer,
                  ylim=(min(values) * 0.99, sorted(values)[int(len(values) * 0.95)] * 1.02))
         axis.legend()
     return figure
-
-
-def row_of(found):
-    return next(iter(found.values()))
 
 
 def fig3_momentum_and_rows(c, color):
@@ -145,10 +142,11 @@ def fig3_momentum_and_rows(c, color):
         return None
     figure, axes = panels(len(pairs))
     for axis, (knob, found) in zip(axes, pairs):
-        values = [v for value, row in found.items()
-                  for v in curve(axis, row, color=color[row.label], label=f"{knob} {value}")[2:]]
+        values = []
+        for value, row in found.items():
+            values += curve(axis, row, color=color[row.label], label=f"{knob} {value}")[2:]
         token_axis(c, axis)
-        axis.set(ylabel=LOSS, title=f"SF-NorMuon, {knob}", ylim=(min(values) * 0.99, max(values) * 1.01))
+        axis.set(ylabel=LOSS, title=f"{row.optimizer}, {knob}", ylim=(min(values) * 0.99, max(values) * 1.01))
         axis.legend()
     return figure
 
