@@ -311,3 +311,56 @@ def test_reports_on_nothing_are_one_line(tmp_path):
     (tmp_path / "a/log.jsonl").write_text("noise\n")
     result = run(REPO, "experiments/compare.py", tmp_path)
     assert result.returncode == 1 and "a is not a run's folder" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_report_ends_with_its_reader(tmp_path):
+    write_run(tmp_path / "a", {10: 3.0})
+    command, options = python(tmp_path, REPO / "experiments/compare.py", tmp_path, "--out", tmp_path / "figures")
+    process = subprocess.Popen(command, **options)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == -signal.SIGPIPE
+
+
+# ---- watching runs
+
+def test_follow_draws_a_run_until_it_ends(copy):
+    """Beside one that has ended. The training is real."""
+    knobs = ["train.py", "--data_dir=data", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2",
+             "--total_batch_tokens=32", "--vocab_size=320", "--device=cpu", "--compile=False", "--eval_tokens=64", "--log_interval=1"]
+    ended = run(copy, *knobs, "--out_dir=runs/ended", f"--max_tokens={32 * 10}", "--eval_interval=5")
+    assert ended.returncode == 0, ended.stderr
+    command, options = python(copy, *knobs, "--out_dir=runs/going", f"--max_tokens={32 * 1500}", "--eval_interval=100")
+    going = subprocess.Popen(command, **options)
+    log, deadline = copy / "runs/going/log.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    command, options = python(copy, "experiments/compare.py", "--follow", "runs/going", "runs/ended")
+    follow, drawn, svg = subprocess.Popen(command, **options), set(), copy / "runs/going/curve.svg"
+    while follow.poll() is None:
+        if svg.exists():
+            drawn.add(svg.read_bytes())
+        time.sleep(0.2)
+    out, err = follow.communicate()
+    assert going.wait(60) == 0 and follow.returncode == 0, err
+    assert len(drawn) > 1 and all(d.rstrip().endswith(b"</svg>") for d in drawn) and "curve.svg" in out
+    line = next(e for e in map(json.loads, reversed(log.read_text().splitlines())) if "loss" in e)
+    assert (f"going, step 1,500, 48,000 tokens, loss at y {line['loss']:.4f}, validation loss at x "
+            f"{final_loss(log.parent):.4f}, {line['tokens_per_second']:,.0f} tokens/s") in err
+    assert "ended, step 10, 320 tokens" in err and not (copy / "runs/ended/curve.svg").exists()
+
+
+def test_follow_ends_at_ctrl_c(tmp_path):
+    write_run(tmp_path / "a", {5: 3.0}, dict(max_tokens=10_000))
+    command, options = python(REPO, "experiments/compare.py", "--follow", tmp_path / "a")
+    follow = subprocess.Popen(command, **options)
+    while not (tmp_path / "a/curve.svg").exists() and follow.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    follow.send_signal(signal.SIGINT)
+    _, err = follow.communicate(timeout=30)
+    assert follow.returncode == 0 and "Traceback" not in err and "validation loss at x 3.0000" in err
+
+
+def test_follow_without_a_run_is_one_line(tmp_path):
+    result = run(REPO, "experiments/compare.py", "--follow", tmp_path)
+    assert result.returncode == 2 and "no log.jsonl" in result.stderr and result.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
     python experiments/compare.py runs/*                                   your own runs: a table, and figures/
     python experiments/compare.py runs/* --target=3.28                     steps, tokens and seconds to a loss
+    python experiments/compare.py --follow runs/mine runs/other            their curves while they run, runs/mine/curve.svg
     python experiments/compare.py experiments/results/small --readme README.md             rewrites its tables there
     python experiments/compare.py experiments/results/small --readme README.md --check     exits 1 if they differ
 
@@ -10,6 +11,7 @@ its runs named tune_* (experiments/sweep.py), which are then left out of every m
 and a note says so. Notes under a table name every claim that its data does not carry.
 """
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -49,6 +51,7 @@ class Run:
     name: str
     config: dict
     evals: list[dict]
+    train: list[dict]
 
     @property
     def tuning(self) -> bool:
@@ -57,6 +60,10 @@ class Run:
     @property
     def planned(self) -> int:  # tokens
         return self.config["max_tokens"] // self.config["total_batch_tokens"] * self.config["total_batch_tokens"]
+
+    @property
+    def ended(self) -> int:  # tokens
+        return self.evals[-1]["tokens"] if self.evals else 0
 
     @property
     def scheduled(self) -> bool:
@@ -124,18 +131,19 @@ class Row:
 
 def read_runs(paths: list[str]) -> list[Run]:
     folders = [log.parent for path in paths for log in sorted(Path(path).glob("**/log.jsonl"))]
-    runs = []
-    for folder in dict.fromkeys(folders):
-        try:
-            config = {**DEFAULT, **json.loads((folder / "config.json").read_text())}
-            lines = read_log(folder)
-        except (OSError, ValueError) as e:
-            raise SystemExit(f"compare.py: {folder} is not a run's folder: {e}")
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        runs.append(Run(folder.name, config, [line for line in lines if "val_loss" in line]))
-    if not runs:
+    if not folders:
         raise SystemExit(f"compare.py: no runs in {' '.join(paths)}: a run's folder holds config.json and log.jsonl")
-    return runs
+    return [read_run(folder) for folder in dict.fromkeys(folders)]
+
+
+def read_run(folder: Path) -> Run:
+    try:
+        config = {**DEFAULT, **json.loads((folder / "config.json").read_text())}
+        lines = read_log(folder)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"compare.py: {folder} is not a run's folder: {e}")
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return Run(folder.name, config, [e for e in lines if "val_loss" in e], [e for e in lines if "loss" in e])
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
@@ -171,7 +179,7 @@ class Comparison:
         self.runs, self.notes, self.parameters = runs, [], count_parameters(runs[0].config)
         # the planned lengths of what has a schedule, else of all
         self.horizons = sorted({run.planned for run in runs if run.scheduled and run.planned} or
-                               {run.planned or run.evals[-1]["tokens"] for run in runs if run.evals})
+                               {run.planned or run.ended for run in runs if run.evals})
         self.methods = by_method(runs)
         self.rows = [row for label, members in self.methods.items() for row in self.make_rows(label, members)]
         self.check_claims()
@@ -229,9 +237,8 @@ class Comparison:
         if len({run.config["eval_tokens"] for run in self.runs}) > 1:
             self.notes.append("the runs were evaluated on different numbers of tokens: their losses do not compare")
         for run in self.runs:
-            last = run.evals[-1]["tokens"] if run.evals else 0
-            if run.planned and last != run.planned:
-                self.notes.append(f"{run.name}: ended after {self.show(last)} of {self.show(run.planned)}")
+            if run.planned and run.ended != run.planned:
+                self.notes.append(f"{run.name}: ended after {self.show(run.ended)} of {self.show(run.planned)}")
 
     def reference(self, optimizer: str) -> Row | None:
         """What others are compared with: its row with the most runs, the best one of those."""
@@ -365,11 +372,16 @@ def rewrite(readme: Path, study: str, text: str, check: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", help="folders of runs, or folders that hold some")
+    parser.add_argument("--follow", action="store_true", help="draw the curves of running jobs until they end")
     parser.add_argument("--target", type=float, help="a loss: steps, tokens and seconds until it is reached")
     parser.add_argument("--out", type=Path, help="folder of the figures; default: the study's, else figures")
     parser.add_argument("--readme", type=Path, help="file in which the tables stand between markers")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if --readme differs")
     args = parser.parse_args()
+    if args.follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            figures.follow(list(map(Path, args.paths)), read_run)
+        return
     study = Path(args.paths[0]) if len(args.paths) == 1 and (Path(args.paths[0]) / "runs").is_dir() else None
     if args.check and not (args.readme and study):
         parser.error("--check wants --readme and one study, experiments/results/<study>")
@@ -378,10 +390,12 @@ def main() -> None:
     if args.readme and study:
         rewrite(args.readme, study.resolve().name, text, args.check)
     if not args.check:
-        print(text)
-        print(f"figures: {out}")
+        print(f"{text}\nfigures: {out}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any command
-    main()
+    try:
+        main()
+    except OSError as e:
+        sys.exit(f"compare.py: {e}")

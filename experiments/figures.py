@@ -2,6 +2,7 @@
 the color of every row, and returns a figure, or None if the runs are not there."""
 import math
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -10,9 +11,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import Config
+from data import write_atomically
 
 COLORS = ["#d1495b", "#2e86ab", "#e0912f", "#3f9b5f", "#8e5bb5", "#9c6b4e", "#c05fa0", "#7a8288", "#17a2a2", "#a3a02c"]
 GREY = "#808890"  # reads on white and on black, and the background is transparent
@@ -219,3 +222,41 @@ def fig7_all_optimizers(c, color):
     axis.set_yticks(range(len(there)), [row.label for row in there])
     axis.set(xlabel=LOSS, title=f"after {c.show(h)}: seeds and their mean")
     return figure
+
+
+# ---- while runs go on
+
+STATUS = {"step": "step {:,}", "tokens": "{:,} tokens", "loss": "loss at y {:.4f}", "val_loss": "validation loss at x {:.4f}",
+          "tokens_per_second": "{:,.0f} tokens/s"}
+
+
+def follow(folders: list[Path], read) -> None:
+    """Draws runs again as their logs grow, until all have got to their end or Ctrl-C. read(folder) gives a run."""
+    for folder in folders:
+        if not (folder / "log.jsonl").exists():
+            print(f"compare.py: {folder} has no log.jsonl: --follow wants the folders of runs", file=sys.stderr)
+            sys.exit(2)
+    print(f"the curve is in {folders[0] / 'curve.svg'}; Ctrl-C ends this command only", flush=True)
+    lines = [tqdm(bar_format="{desc}", position=i, dynamic_ncols=True) for i in range(len(folders))]
+    runs, sizes = [], []
+    while not runs or any(not run.planned or run.ended < run.planned for run in runs):
+        if sizes == (sizes := [(folder / "log.jsonl").stat().st_size for folder in folders]):
+            time.sleep(2)
+            continue
+        runs = [read(folder) for folder in folders]
+        running(runs, folders[0] / "curve.svg")
+        for run, line in zip(runs, lines):
+            last = {key: value for e in sorted(run.train + run.evals, key=lambda e: e["step"]) for key, value in e.items()}
+            line.set_description_str(", ".join([run.name, *(s.format(last[k]) for k, s in STATUS.items() if k in last)]))
+
+
+def running(runs: list, file: Path) -> None:
+    figure, (axis,) = panels()
+    for i, run in enumerate(runs):
+        color = COLORS[i % len(COLORS)]
+        axis.plot([e["tokens"] for e in run.train], [e["loss"] for e in run.train], color=color, linewidth=0.8, alpha=0.5)
+        axis.plot([e["tokens"] for e in run.evals], [e["val_loss"] for e in run.evals], "o-", color=color, label=run.name)
+    axis.set(xscale="log", xlabel="training tokens", ylabel="loss (nats)")
+    axis.legend(title="validation loss at x; thin: training loss at y")
+    write_atomically(file, lambda f: figure.savefig(f, format="svg"))
+    plt.close(figure)
