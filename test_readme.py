@@ -153,7 +153,7 @@ def at_home(monkeypatch):
 
 
 def test_files_flags_and_values_exist(at_home):
-    assert not problems(at_home)
+    assert "\n".join(problems(at_home)) == ""
 
 
 def test_flags_in_the_text_exist(at_home):
@@ -168,7 +168,7 @@ def test_flags_in_the_text_exist(at_home):
     ("```sh\npython train.py configs/quickstart.py --max_token=1\n```\n", "did you mean 'max_tokens'"),
     ("```sh\npip install -r requirements.txt && python train.py configs/quickstar.py\n```\n", "does not exist"),
     ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_mode=8 train.py configs/125m_sf.py\n```\n", "torchrun"),
-    ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_node=8 \\\n  train.py configs/125m_sf.py --shard_size=3\n```\n", "shard_size"),
+    ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_node=8 \\\n  train.py --shard_size=3\n```\n", "shard_size"),
     ("Or `python experiments/sweep.py\nexperiments/studies/small.py --job=2`.", "no --job"),
     ("Or `experiments/sweep.py experiments/studies/smal.py`.", "smal.py does not exist"),
     ("`python experiments/memory.py configs/772m_sf.py --processe=8`", "unknown knob"),
