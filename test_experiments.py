@@ -364,3 +364,5 @@ def test_follow_ends_at_ctrl_c(tmp_path):
 def test_follow_without_a_run_is_one_line(tmp_path):
     result = run(REPO, "experiments/compare.py", "--follow", tmp_path)
     assert result.returncode == 2 and "no log.jsonl" in result.stderr and result.stderr.count("\n") == 1
+    result = run(REPO, "experiments/compare.py", "--follow", tmp_path, "--target=3")
+    assert result.returncode == 2 and "--follow draws" in result.stderr

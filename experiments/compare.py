@@ -378,6 +378,8 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="file in which the tables stand between markers")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if --readme differs")
     args = parser.parse_args()
+    if args.follow and (args.target or args.out or args.readme or args.check):
+        parser.error("--follow draws <first run>/curve.svg and takes no other flag")
     if args.follow:
         with contextlib.suppress(KeyboardInterrupt):
             figures.follow(list(map(Path, args.paths)), read_run)
