@@ -8,5 +8,5 @@ frontier = runpy.run_path(str(Path(__file__).with_name("frontier.py")))
 base = dict(frontier["base"], n_layer=4, n_head=4, n_embd=64, batch_size=32, total_batch_tokens=4096,
             eval_interval=266, log_interval=266)  # 217,664 parameters
 tokens = 1064 * 4096  # 1x: 20 for each parameter
-horizons, seeds, tuning_seeds = (1, 2, 4), (0, 1), frontier["tuning_seeds"]
+horizons, seeds, tuning_seeds = (1, 2, 4), (0,), frontier["tuning_seeds"]
 optimizers = {name: frontier["optimizers"][name] for name in ("normuon_linear", "anytime", "paper")}
