@@ -53,6 +53,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A1
 
 # ---- the parts
 
+@dataclass
+class Progress:
+    step: int = 0
+    train_time_s: float = 0.0  # without evaluation, checkpoints and compilation
+    data_step: int = 0  # the step before the first on this data_dir
+
+
 def build_optimizer(cfg: Config, model: GPT):
     """To add an optimizer: its class, its name in OPTIMIZERS, a case here, a config."""
     matrices = model.hidden_matrices()
@@ -196,6 +203,21 @@ def gradient(cfg: Config, model: GPT, data: TokenBatches, batch: int, stop: bool
     return loss, norm, bool(stopping)
 
 
+def take_step(cfg: Config, model: GPT, optimizer, lrs: list[float], data: TokenBatches, now: Progress,
+              stop: bool) -> tuple[float, float, bool]:
+    """Step now.step. Returns what `gradient` does. lrs: of the groups, for what does not warm up by itself."""
+    loss, norm, stopping = gradient(cfg, model, data, now.step - 1 - now.data_step, stop)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise Failure(f"step {now.step}: loss {loss}, norm of the gradient {norm}: stopped before the step was taken; "
+                      f"the last checkpoint, if there is one, is {Path(cfg.out_dir) / 'ckpt.pt'}")
+    if not hasattr(optimizer, "eval"):
+        for group, lr in zip(optimizer.param_groups, lrs):
+            group["lr"] = lr
+    optimizer.step(lambda: loss)  # only schedulefree_plus asks
+    model.zero_grad()
+    return loss, norm, stopping
+
+
 @torch.no_grad()
 def evaluate(cfg: Config, model: GPT, data: TokenBatches) -> float:
     """Mean loss over the first eval_tokens of the validation data, the same ones on any number of processes."""
@@ -231,13 +253,6 @@ def bits_per_byte(cfg: Config, data: TokenBatches, tokenizer, loss: float) -> fl
 
 
 # ---- the run's folder
-
-@dataclass
-class Progress:
-    step: int = 0
-    train_time_s: float = 0.0  # without evaluation, checkpoints and compilation
-    data_step: int = 0  # the step before the first on this data_dir
-
 
 def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
     if not cfg.resume or not path.exists():
@@ -408,17 +423,8 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
     clock = time.perf_counter()
     while True:
         now.step += 1
-        loss, norm, stopping = gradient(cfg, model, train_data, now.step - 1 - now.data_step, bool(stop))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Failure(f"step {now.step}: loss {loss}, norm of the gradient {norm}: stopped before the step was taken; "
-                          f"the last checkpoint, if there is one, is {Path(cfg.out_dir) / 'ckpt.pt'}")
         factor = lr_factor(cfg, now.step, steps)
-        if not schedule_free:  # those warm up by themselves
-            for group, lr in zip(optimizer.param_groups, lrs):
-                group["lr"] = lr * factor
-        optimizer.step(lambda: loss)  # only schedulefree_plus asks
-        model.zero_grad()
-
+        loss, norm, stopping = take_step(cfg, model, optimizer, [lr * factor for lr in lrs], train_data, now, bool(stop))
         seconds = time.perf_counter() - clock
         # The first step compiles, so it is counted as long as the second.
         now.train_time_s += 0 if now.step == first_step else 2 * seconds if now.step == first_step + 1 else seconds

@@ -173,29 +173,8 @@ def machine() -> dict:
             "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores or GPUs")
-    parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of each run")
-    parser.add_argument("--list", action="store_true", help="print what is left to do and stop")
-    args = parser.parse_args()
-    study = read_study(args.study)
-    if args.list:
-        for run, knobs in remaining(study):
-            print(run or f"{knobs['optimizer']}, {knobs['max_tokens']} tokens, seed {knobs['seed']}: rate not chosen yet")
-        return
-    if min(args.jobs, args.nproc_per_node) < 1 or 0 < torch.cuda.device_count() < args.jobs * args.nproc_per_node:
-        raise Refused(f"--jobs={args.jobs} times --nproc_per_node={args.nproc_per_node} must be at least 1 and at most the "
-                      f"number of GPUs, {torch.cuda.device_count()}")
-    lock(study.runs)
-    study.results.mkdir(parents=True, exist_ok=True)
-    description = study.results.parent / "machine.json"
-    if not description.exists():
-        write_atomically(description, lambda file: file.write((json.dumps(machine(), indent=1) + "\n").encode()))
-    elif json.loads(description.read_text()) != machine():
-        print(f"this is not the machine of {description.relative_to(ROOT)}: seconds will not compare")
-
+def work(study, jobs: int, processes: int) -> None:
+    """Makes the runs that are left, until a failure or a signal."""
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
@@ -203,11 +182,11 @@ def main() -> None:
     left, before, failure = remaining(study), 0, None
     bar = tqdm(unit="tok", unit_scale=True, smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 60)
     while not (failure or stop):
-        for slot in range(args.jobs):
+        for slot in range(jobs):
             busy = {run for run, *_ in running.values()}
             waiting = [(run, knobs) for run, knobs in left if run and run not in busy]
             if slot not in running and waiting:
-                running[slot] = *waiting[0], start(study, *waiting[0], slot, args.jobs, args.nproc_per_node)
+                running[slot] = *waiting[0], start(study, *waiting[0], slot, jobs, processes)
         if not running:
             break
         time.sleep(1)
@@ -235,6 +214,32 @@ def main() -> None:
     if failure:
         sys.exit(f"sweep.py: {failure}")
     print("stopped: the same command goes on" if stop else f"the study is complete: experiments/results/{study.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores or GPUs")
+    parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of each run")
+    parser.add_argument("--list", action="store_true", help="print what is left to do and stop")
+    args = parser.parse_args()
+    study = read_study(args.study)
+    if args.list:
+        for run, knobs in remaining(study):
+            print(run or f"{knobs['optimizer']}, {knobs['max_tokens']} tokens, seed {knobs['seed']}: rate not chosen yet")
+        return
+    if min(args.jobs, args.nproc_per_node) < 1 or 0 < torch.cuda.device_count() < args.jobs * args.nproc_per_node:
+        raise Refused(f"--jobs={args.jobs} times --nproc_per_node={args.nproc_per_node} must be at least 1 and at most the "
+                      f"number of GPUs, {torch.cuda.device_count()}")
+    lock(study.runs)
+    study.results.mkdir(parents=True, exist_ok=True)
+    description = study.results.parent / "machine.json"
+    if not description.exists():
+        write_atomically(description, lambda file: file.write((json.dumps(machine(), indent=1) + "\n").encode()))
+    elif json.loads(description.read_text()) != machine():
+        print(f"this is not the machine of {description.relative_to(ROOT)}: seconds will not compare")
+
+    work(study, args.jobs, args.nproc_per_node)
 
 
 if __name__ == "__main__":
