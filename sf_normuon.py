@@ -58,11 +58,11 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
     if 2 * X.size(-2) <= X.size(-1):
         # The same in m x m (Gram Newton-Schulz). Rounding errors of A grow twelvefold in a step: begin anew after three.
         for done in range(0, steps, 3):
-            X = _polynomial(X @ X.mT, min(3, steps - done), a, b, c) @ X
+            X = _polynomial(_symmetric(X, X.mT), min(3, steps - done), a, b, c) @ X
     else:
         for _ in range(steps):  # X ← a X + b (XXᵀ) X + c (XXᵀ)² X
-            A = X @ X.mT
-            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            A = _symmetric(X, X.mT)
+            B = _symmetric(A, A, A, b, c)
             X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
@@ -71,11 +71,22 @@ def _polynomial(A: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     """Q of X ← Q X in `steps` iterations, from A = XXᵀ alone: p = aI + bA + cA², X ← pX, and so A ← pAp."""
     Q = None
     for left in reversed(range(steps)):
-        p = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        p = _symmetric(A, A, A, b, c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q = p if Q is None else p @ Q
-        A = p @ A @ p if left else A
+        Q = p if Q is None else _symmetric(p, Q)
+        A = _symmetric(p, A @ p) if left else A
     return Q
+
+
+def _symmetric(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """β C + α A B, known to be symmetric, so that a quarter of it need not be computed."""
+    if A.is_cuda:  # by count, joining the pieces costs as much there as they save
+        return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+    m = A.size(-2)
+    C, h = A.new_zeros(()).expand(len(A), m, m) if C is None else C, m // 2
+    top = torch.baddbmm(C[:, :h], A[:, :h], B, beta=beta, alpha=alpha)
+    corner = torch.baddbmm(C[:, h:, h:], A[:, h:], B[:, :, h:], beta=beta, alpha=alpha)
+    return torch.cat([top, torch.cat([top[:, :, h:].mT, corner], -1)], -2)
 
 
 @functools.cache
