@@ -58,7 +58,7 @@ def take_turns(contenders: dict, rounds: int, waits: bool = False) -> dict[str, 
 def table(title: str, header: list[str], rows: list[list]) -> None:
     print(f"\n{title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for row in rows:
-        print(f"| {' | '.join(v if isinstance(v, str) else f'{v:.3g}' for v in row)} |")
+        print(f"| {' | '.join(v if isinstance(v, str) else f'{v:.3g}' if v < 1000 else f'{v:,.0f}' for v in row)} |")
 
 
 # ---- one step of the optimizer
