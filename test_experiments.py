@@ -275,16 +275,16 @@ def test_claims_that_the_data_does_not_carry_are_named(tmp_path):
     for rate, loss in ((0.01, 3.0), (0.02, 2.9)):
         write_run(tmp_path / f"tune_a{rate}", {10: loss}, dict(lr=rate, seed=100))
     notes = compare.report([str(tmp_path)], None, None).partition("Notes")[2]
-    assert "AdamW cosine at 0.01M: the best rate, 0.02, is at the edge" in notes
-    assert "AdamW cosine, lr 0.01: one seed" in notes
+    assert "the best rate is at the edge of those tried: AdamW cosine at 0.01M, 0.02" in notes
+    assert "one seed, so no claim: AdamW cosine, lr 0.01" in notes
     assert "different numbers of tokens" in notes
-    assert "b: ended after 0.005M of 0.01M" in notes
+    assert "ended early: b after 0.005M of 0.01M" in notes
     write_run(tmp_path / "c0", {10: 3.0}, dict(optimizer="normuon", lr=0.01))
     write_run(tmp_path / "c1", {10: 2.0}, dict(optimizer="normuon", lr=0.02))
     write_run(tmp_path / "c2", {10: 4.0}, dict(optimizer="normuon", lr=0.04))
     text = compare.report([str(tmp_path)], None, None)
     assert "| NorMuon cosine | 2.0000 (1) | 0.02 |" in text
-    assert "NorMuon cosine at 0.01M: the rate was chosen on the seeds that are reported" in text
+    assert "the rate was chosen on the seeds that are reported: NorMuon cosine at 0.01M" in text
 
 
 def test_a_diverged_rate_is_never_chosen_and_ablations_are_named(tmp_path):

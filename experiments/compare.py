@@ -176,7 +176,7 @@ class Comparison:
     """Of runs of the same model on the same data."""
 
     def __init__(self, runs: list[Run]):
-        self.runs, self.notes, self.parameters = runs, [], count_parameters(runs[0].config)
+        self.runs, self.notes, self.parameters = runs, defaultdict(list), count_parameters(runs[0].config)
         # the planned lengths of what has a schedule, else of all
         self.horizons = sorted({run.planned for run in runs if run.scheduled and run.planned} or
                                {run.planned or run.ended for run in runs if run.evals})
@@ -222,23 +222,24 @@ class Comparison:
     def choose_rate(self, title: str, losses: dict[float, float], tuning: bool) -> float | None:
         rate = min(losses, key=losses.get, default=None)
         if len(losses) < 2:
-            self.notes.append(f"{title}: the rate is not tuned")
+            self.notes["the rate is not tuned"].append(title)
         elif rate in (min(losses), max(losses)):
-            self.notes.append(f"{title}: the best rate, {rate:g}, is at the edge of those tried")
+            self.notes["the best rate is at the edge of those tried"].append(f"{title}, {rate:g}")
         if len(losses) > 1 and not tuning:
-            self.notes.append(f"{title}: the rate was chosen on the seeds that are reported")
+            self.notes["the rate was chosen on the seeds that are reported"].append(title)
         return rate
 
     def check_claims(self) -> None:
         for row in self.rows:
             few = [h for h in self.horizons if len(row.runs.get(h, {})) == 1]
             if few:
-                self.notes.append(f"{row.label}: one seed at {', '.join(map(self.show, few))}, so no claim")
+                where = "" if few == sorted(row.runs) else f" at {', '.join(map(self.show, few))}"
+                self.notes["one seed, so no claim"].append(row.label + where)
         if len({run.config["eval_tokens"] for run in self.runs}) > 1:
-            self.notes.append("the runs were evaluated on different numbers of tokens: their losses do not compare")
+            self.notes["the runs were evaluated on different numbers of tokens: their losses do not compare"] = []
         for run in self.runs:
             if run.planned and run.ended != run.planned:
-                self.notes.append(f"{run.name}: ended after {self.show(run.ended)} of {self.show(run.planned)}")
+                self.notes["ended early"].append(f"{run.name} after {self.show(run.ended)} of {self.show(run.planned)}")
 
     def reference(self, optimizer: str) -> Row | None:
         """What others are compared with: its row with the most runs, the best one of those."""
@@ -349,7 +350,9 @@ def report(paths: list[str], target: float | None, out: Path | None) -> str:
             continue
         part += tables(c, target)
         if c.notes:
-            part += "\nNotes:\n\n" + "".join(f"- {note}\n" for note in dict.fromkeys(c.notes))
+            part += "\nNotes:\n\n"
+            for note, subjects in c.notes.items():
+                part += f"- {note}{': ' * bool(subjects)}{'; '.join(dict.fromkeys(subjects))}\n"
         parts.append(part)
         if out:
             figures.draw(c, out if len(settings) == 1 else out / str(i))
