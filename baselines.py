@@ -112,7 +112,7 @@ class AMUSE(ScheduleFree):
         for group, params in self._moving():
             group["step"] += 1
             lr, beta = self._warmed_up_lr(group), group["betas"][0]
-            c = self._average_weight(group, lr)
+            c = self._next_average_weight(group, lr)
             if group["step"] <= group["warmup_steps"]:
                 group["c0"] = c
             else:
@@ -175,7 +175,7 @@ class ScheduleFreePlus(ScheduleFree):
             group.update(step=k + 1, gradient_sum=gradient_sum)
             lr = self._warmed_up_lr(group) * polyak
             group["largest_lr"] = max(group["largest_lr"], lr, group["eps"])
-            c = self._average_weight(group, group["largest_lr"]) if k >= group["averaging_start"] else 1.0
+            c = self._next_average_weight(group, group["largest_lr"]) if k >= group["averaging_start"] else 1.0
             y, z, m, v = (local(ts) for ts in (params, *(self._states(params, n) for n in ("z", "exp_avg", "exp_avg_sq"))))
             g = local([p.grad for p in params])
             x = torch._foreach_lerp(y, z, 1 - 1 / old_beta)
@@ -224,10 +224,6 @@ class MuonAdamW:
 
     def state_dict(self):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state_dict):
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
 
     @property
     def param_groups(self):

@@ -37,8 +37,11 @@ def save(path: Path, tree, first: bool) -> None:
 
     Raises OSError there if it cannot, after every process has done its part; `path` is then as it was.
     """
+    # Lazy: each one is gathered when it is asked for, by all processes.
+    tensors = (v.full_tensor() if isinstance(v, DTensor) else v for v in tree_leaves(tree) if isinstance(v, Tensor))
+
     def write(file):
-        with FakeTensorMode():  # tensors without memory: the file's layout first
+        with FakeTensorMode():  # for tensors without memory torch.save leaves room, and torch.load says where
             layout = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v, tree)
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(layout, file)
@@ -49,7 +52,6 @@ def save(path: Path, tree, first: bool) -> None:
             file.seek(offset)
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    tensors = (v.full_tensor() if isinstance(v, DTensor) else v for v in tree_leaves(tree) if isinstance(v, Tensor))
     try:
         if first:
             write_atomically(path, write)
@@ -74,12 +76,19 @@ def load(path: Path) -> dict:
 def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
     """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective."""
     model.load_state_dict({name: like(saved["model"][name], p) for name, p in model.state_dict().items()})
-    if optimizer is None:
+    if optimizer is not None:
+        restore_optimizer(saved["optimizer"], optimizer)
+
+
+def restore_optimizer(saved: dict, optimizer) -> None:
+    if "state" not in saved:  # of several optimizers
+        for name, part in saved.items():
+            restore_optimizer(part, getattr(optimizer, name))
         return
-    optimizer.load_state_dict(saved["optimizer"])
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            state[name] = like(value, p)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    # load_state_dict would copy whole tensors to the device
+    state = {i: {name: like(value, params[i]) for name, value in s.items()} for i, s in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})
 
 
 def like(value: Tensor, p: Tensor) -> Tensor:

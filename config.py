@@ -54,14 +54,14 @@ class Config:
     decay_at: str = "z"  # sf_normuon, sf_adamw: z, y or none
     normalize_rows: bool = True  # sf_normuon, normuon
     ns_steps: int = 5  # Newton-Schulz iterations
-    rho: float = 0.8  # amuse: how fast the gradient moves from near z to x
+    rho: float = 0.8  # amuse: how fast the gradient moves from near z to x (in the log, rho is RMS(z))
     averaging_power: float = 0.0  # schedule-free ones: r of the average's weights, tʳ
     beta_power: float = 0.0  # sf_normuon, sf_adamw: p of 1-β1, which falls as (warmup_steps / t)ᵖ
     averaging_start: int = 0  # schedulefree_plus: steps until the average starts
     polyak_beta: float = 0.0  # schedulefree_plus: of the average of gradient norms
     beta_anneal_steps: int = 0  # schedulefree_plus: steps over which β grows from 0.9 to 0.965
     adam_lr: float = 0.0  # of what is not a hidden matrix: embeddings and gains; 0: as lr
-    adam_betas: tuple = (0.95, 0.99)  # of the same, where the matrices are not AdamW's too
+    adam_betas: tuple = (0.95, 0.99)  # of the same; sf_adamw, adamw and schedulefree_plus take betas for all
     adam_weight_decay: float = 0.05
     # intervals, in steps
     eval_interval: int = 250
@@ -70,9 +70,9 @@ class Config:
     eval_tokens: int = 10485760  # of the validation data, from its start
 
 
-# What may differ when a run is resumed; everything else belongs to its mathematics.
-FREE = {"out_dir", "max_tokens", "eval_interval", "log_interval", "checkpoint_interval", "batch_size", "device",
-        "compile", "activation_checkpointing", "shard_size", "resume", "change_data"}
+# What may differ when a run is resumed. Everything else belongs to its mathematics; max_tokens does so in a schedule only.
+MAY_CHANGE = {"out_dir", "max_tokens", "eval_interval", "log_interval", "checkpoint_interval", "batch_size", "device",
+              "compile", "activation_checkpointing", "shard_size", "resume", "change_data"}
 
 
 def parse(argv: list[str]) -> Config:
@@ -127,7 +127,7 @@ def convert(where: str, key: str, value, kind: type):
 
 
 def check(cfg: Config) -> None:
-    """Refuses impossible values, and fills in dtype."""
+    """Refuses impossible values, fills in dtype, and takes this process's card."""
     for key, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("decay_at", ("z", "y", "none")),
                        ("dtype", ("", "float32", "bfloat16"))):
         if getattr(cfg, key) not in known:

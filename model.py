@@ -42,7 +42,7 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], self.n_head, -1)  # x (B, T, n_embd), cos and sin (T, head_dim)
         q, k, v = (linear(x).view(heads).transpose(1, 2) for linear in (self.q, self.k, self.v))  # (B, n_head, T, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache:
+        if cache is not None:
             k, v = cache.append(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2))
         return self.o(y.transpose(1, 2).flatten(2))
@@ -109,7 +109,7 @@ class GPT(nn.Module):
         """idx: (B, T) int64, T <= block_size. Returns logits (B, T, vocab_size), or with targets, (B, T) int64, the mean
         cross-entropy in nats over the targets that are not -1, a float32 scalar. A cache that is not empty holds the
         tokens before idx, which is then a single one, (B, 1)."""
-        first = cache.length if cache else 0
+        first = 0 if cache is None else cache.length
         T = first + idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -117,13 +117,13 @@ class GPT(nn.Module):
         x = self.wte(idx)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
-        if cache:
+        if cache is not None:
             cache.length = T
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.wte.weight)
         return MeanCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.cross_entropy,
-                                      torch.is_grad_enabled())
+                                      torch.is_grad_enabled())  # inside it always is off
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weight matrices inside the blocks, for which Muon and its relatives are made."""
@@ -149,7 +149,7 @@ class GPT(nn.Module):
         while True:
             if idx.size(1) > self.config.block_size:  # every token has a new position, so nothing can be kept
                 cache = None
-            new = idx[:, cache.length:] if cache else idx[:, -self.config.block_size:]
+            new = idx[:, cache.length:] if cache is not None else idx[:, -self.config.block_size:]
             token = draw(self(new, cache=cache)[:, -1, :vocab_size].float(), temperature, top_k, top_p, generator)
             yield token
             idx = torch.cat((idx, token), dim=1)
@@ -170,7 +170,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     p = F.softmax(logits, dim=-1)
     if top_p is not None:
         largest, order = p.sort(dim=-1, descending=True)
-        enough = largest.cumsum(-1) - largest >= top_p  # the tokens before it are
+        enough = largest.cumsum(-1) - largest >= top_p  # the tokens before this one are
         p = p.masked_fill(enough.scatter(-1, order, enough), 0)
     return torch.multinomial(p, 1, generator=generator)
 
@@ -204,7 +204,7 @@ class MeanCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The sum of the losses over `count`, and its gradient with respect to the logits (N, vocab_size), in their dtype."""
+    """The sum of the losses divided by `count`, and its gradient with respect to the logits (N, vocab_size), in their dtype."""
     valid, targets = targets >= 0, targets.clamp(min=0)[:, None]
     logp = logits.float().log_softmax(-1)
     loss = -(logp.gather(-1, targets)[:, 0] * valid).sum() / count

@@ -1,5 +1,6 @@
 """What the processes of a run do together, and how each of them ends."""
 import os
+import re
 import signal
 import sys
 import threading
@@ -83,7 +84,7 @@ def run(main, argv: list[str]) -> None:
         status, message = 1, str(e)
     except (RuntimeError, MemoryError) as e:
         status = 1
-        if isinstance(e, MemoryError) or "memory" in str(e):
+        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
             message = f"out of memory: lower batch_size, or give --activation_checkpointing=True ({str(e).splitlines()[0]})"
         elif isinstance(e, dist.DistError) or "gloo" in str(e):
             message = f"process {RANK} stopped, because another one has gone"

@@ -15,7 +15,9 @@ y, between them, is where gradients are taken. A hidden weight matrix W of shape
     x ← (1-c) x + c z,   c = η_t² / Σ_{i≤t} η_i²        Schedule-Free: the average replaces the schedule
     y = (1-β1) z + β1 x
 
-and every other parameter (embeddings, gains) through the same last three lines with a step of AdamW instead.
+from x = y = z, M = 0 and v = 0, without bias correction: polar(M) and P̂ / ‖P̂‖_F do not see a common factor.
+Every other parameter (embeddings, output head, gains) takes a step of AdamW without its first moment, whose work the place
+of y between z and x does: u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε), v ← β2 v + (1-β2) g⊙g, and the last three lines.
 Only two of the three are stored: the parameter holds y while training and x while evaluating, the state holds z.
 """
 import functools
@@ -80,10 +82,12 @@ def _polynomial(A: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
 
 def _symmetric(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """β C + α A B, known to be symmetric, so that a quarter of it need not be computed."""
-    if A.is_cuda:  # by count, joining the pieces costs as much there as they save
+    if A.is_cuda:  # there, joining the pieces would cost what they save (counted, not measured)
         return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     m = A.size(-2)
-    C, h = A.new_zeros(()).expand(len(A), m, m) if C is None else C, m // 2
+    h = m // 2
+    if C is None:
+        C = A.new_zeros(()).expand(len(A), m, m)
     top = torch.baddbmm(C[:, :h], A[:, :h], B, beta=beta, alpha=alpha)
     corner = torch.baddbmm(C[:, h:, h:], A[:, h:], B[:, :, h:], beta=beta, alpha=alpha)
     return torch.cat([top, torch.cat([top[:, :, h:].mT, corner], -1)], -2)
@@ -200,8 +204,10 @@ def check_group(group: dict) -> None:
 class ScheduleFree(torch.optim.Optimizer):
     """What schedule-free optimizers share: the parameter holds y while training and x while evaluating, the state z.
 
-    Their groups have train_mode, step, warmup_steps, averaging_power, weight_sum and beta, the β with which y was written
-    last.
+    A subclass has step(), made of _begin, _moving and _move_all, and _init_state(p, use_muon) and
+    _matrix_direction(group, params), of matrices of one shape. Its groups have use_muon, train_mode, step, warmup_steps,
+    averaging_power, weight_sum and beta: the β with which y was written last, and which gives x back. It starts at
+    betas[0] and may move from step to step.
     """
 
     def train(self) -> None:
@@ -223,7 +229,7 @@ class ScheduleFree(torch.optim.Optimizer):
             group["train_mode"] = train_mode
 
     def _set_beta(self, group, beta, moving):
-        """Writes y anew with another β, but for the parameters that are about to move."""
+        """β belongs to the group: parameters that skip this step get their y with the new one here, others in _move."""
         if beta != group["beta"]:
             moving = set(moving)
             still = [p for p in group["params"] if p in self.state and p not in moving]
@@ -249,14 +255,14 @@ class ScheduleFree(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self._init_state(p, group["use_muon"])
-            if params and group["lr"] != 0:
+            if params and group["lr"] != 0:  # at 0 only the state is made: torch's get_optimizer_state_dict steps so
                 yield group, params
 
     def _warmed_up_lr(self, group):
         return float(group["lr"]) * min(1.0, group["step"] / max(1, group["warmup_steps"]))
 
-    def _average_weight(self, group, lr):
-        """c = w / Σw, w = tʳ lr²: the part of z in the average at this step."""
+    def _next_average_weight(self, group, lr):
+        """c = w / Σw, w = tʳ lr²: the part of z in the average at this step, which weight_sum now counts."""
         w = group["step"] ** group["averaging_power"] * lr * lr
         group["weight_sum"] += w
         return w / group["weight_sum"] if group["weight_sum"] else 1.0
@@ -265,7 +271,7 @@ class ScheduleFree(torch.optim.Optimizer):
         return [self.state[p][name] for p in params]
 
     def _adamw_direction(self, group, params):
-        """g / (√v̂ + ε), without a first moment: the place of y between z and x is the momentum."""
+        """g / (√v̂ + ε)."""
         g, v = local([p.grad for p in params]), local(self._states(params, "exp_avg_sq"))
         return torch._foreach_div(g, adam_denominator(v, g, group["betas"][1], group["step"], group["eps"]))
 
@@ -276,16 +282,16 @@ class ScheduleFree(torch.optim.Optimizer):
             direction = self._matrix_direction if group["use_muon"] else self._adamw_direction
             self._move(group, bucket, direction(group, bucket), lr, c, old_beta)
 
-    def _move(self, group, params, u, lr, c, old_beta):
-        """z ← z - η_t u, the average and y = (1-β) z + β x, with x eliminated: the parameter goes from y to y."""
+    def _move(self, group, params, direction, lr, c, old_beta):
+        """z ← z - u with u = η_t (λ z + direction), x and y, with x eliminated: the parameter goes from y to y."""
         y, z, beta = local(params), local(self._states(params, "z")), group["beta"]
         decay_at = group.get("decay_at", "z")
         if decay_at != "none":
-            torch._foreach_add_(u, z if decay_at == "z" else y, alpha=group["weight_decay"])
-        # y ← (1-c) y + c z - (1 - β (1-c)) η_t u, with the old z, and with (1-c) β / β_old for 1-c where β moves
+            torch._foreach_add_(direction, z if decay_at == "z" else y, alpha=group["weight_decay"])  # now u / η_t
+        # y ← k y + (1-k) z - (1 - β (1-c)) u, with the old z and k = (1-c) β / β_old, which is 1-c while β stands still
         torch._foreach_lerp_(y, z, 1 - (1 - c) * beta / old_beta)
-        torch._foreach_add_(y, u, alpha=-lr * (1 - beta * (1 - c)))
-        torch._foreach_add_(z, u, alpha=-lr)
+        torch._foreach_add_(y, direction, alpha=-lr * (1 - beta * (1 - c)))
+        torch._foreach_add_(z, direction, alpha=-lr)
 
 
 class SFNorMuon(ScheduleFree):
@@ -308,10 +314,11 @@ class SFNorMuon(ScheduleFree):
     normalize_rows: False leaves the row normalization out, the ablation of Fig. 3.
     averaging_power: r, of weights tʳ η_t² in the average: above 0, it forgets its beginning sooner.
     beta_power: p, of 1-β1, which falls as (T_warmup / t)^p after the warm-up: the gradient moves from near z to x.
-        Both are not the paper's, whose method is r = p = 0 (experiments/results/frontier.md says what they do).
+        Neither is in the paper, whose method is r = p = 0 (experiments/results/frontier.md says what they do).
 
     Keep the parameters in float32: updates of RMS 0.2 η would be lost in the rounding of bfloat16 weights.
-    A parameter without a gradient is skipped. Gradients that are not finite raise nothing here.
+    A parameter without a gradient is skipped, but t counts the steps of its group: where the first gradient comes late,
+    AdamW's first step is longer, up to η / √(1-β2). Gradients that are not finite raise nothing here.
     Raises ValueError for values out of range, for use_muon=True with anything but matrices, and for sparse or complex
     parameters.
     """
@@ -345,8 +352,9 @@ class SFNorMuon(ScheduleFree):
         for group, params in self._moving():
             group["step"] += 1
             lr = self._warmed_up_lr(group)
-            lead = min(1.0, max(1, group["warmup_steps"]) / group["step"]) ** group["beta_power"] * (1 - group["betas"][0])
-            self._move_all(group, params, lr, self._average_weight(group, lr), 1 - lead)  # lead is 1-β
+            c = self._next_average_weight(group, lr)
+            fall = min(1.0, max(1, group["warmup_steps"]) / group["step"]) ** group["beta_power"]  # of 1-β; 1 in the paper
+            self._move_all(group, params, lr, c, beta=1 - (1 - group["betas"][0]) * fall)
         return loss
 
     def _init_state(self, p, use_muon):
@@ -373,7 +381,7 @@ class SFNorMuon(ScheduleFree):
         """For each matrix that has taken a step, as the paper's Fig. 4 plots them (Section 3):
 
         rho: RMS(z). alpha: ⟨z, P̂⟩ / (‖z‖ ‖P̂‖), of the last P̂ and the z that it was subtracted from.
-        predicted: λρ = 0.1 (-α + √(α² + 2ηλ)), where λ rho is while ‖z‖ stands still.
+        predicted: 0.1 (-α + √(α² + 2ηλ)), the λρ at which ‖z‖ stands still, for decay_at="z".
         P̂ is computed anew from the state, so with DTensors every process must call this.
         """
         result = {}
@@ -381,12 +389,12 @@ class SFNorMuon(ScheduleFree):
             params = [p for p in group["params"] if p in self.state and group["use_muon"]]
             for bucket in same_shape(params):
                 lr = self._warmed_up_lr(group)
-                P, z = self._direction(group, bucket, beta2=1.0), torch.stack(local(self._states(bucket, "z")))
-                before = z + lr * P  # z before the last step, up to the factor 1 - ηλ
-                zz, bb, PP, bP = (matrix_sum(a * b, bucket[0]).flatten()
-                                  for a, b in ((z, z), (before, before), (P, P), (before, P)))
+                z, D = torch.stack(local(self._states(bucket, "z"))), self._direction(group, bucket, beta2=1.0)
+                before = z + lr * D  # z before the last step, up to the factor 1 - ηλ; D is P̂ with a root mean square of 0.2
+                zz, bb, DD, bD = (matrix_sum(a * b, bucket[0]).flatten()
+                                  for a, b in ((z, z), (before, before), (D, D), (before, D)))
                 rho = (zz / bucket[0].numel()).sqrt()
-                alpha = bP / (bb * PP).sqrt().clamp(min=torch.finfo(zz.dtype).tiny)
+                alpha = bD / (bb * DD).sqrt().clamp(min=torch.finfo(zz.dtype).tiny)
                 predicted = 0.1 * (-alpha + (alpha**2 + 2 * lr * group["weight_decay"]).sqrt())
                 for p, *values in zip(bucket, rho.tolist(), alpha.tolist(), predicted.tolist()):
                     result[p] = dict(zip(("rho", "alpha", "predicted"), values))

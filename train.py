@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from baselines import AMUSE, MuonAdamW, NorMuon, ScheduleFreePlus
 from checkpoint import load, lock, restore, save
-from config import FREE, Config, parse
+from config import MAY_CHANGE, SCHEDULE_FREE, Config, parse
 from data import TokenBatches, read_meta, write_atomically
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
@@ -61,7 +61,8 @@ class Progress:
 
 
 def build_optimizer(cfg: Config, model: GPT):
-    """To add an optimizer: its class, its name in OPTIMIZERS, a case here, a config."""
+    """To add an optimizer: its class, a case here, its name in OPTIMIZERS (in SCHEDULE_FREE if it has train() and eval() and
+    warms up by itself), a config."""
     matrices = model.hidden_matrices()
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
@@ -136,11 +137,11 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
         model = GPT(GPTConfig(vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(cfg.device)
     except ValueError as e:
         raise Failure(e, 2)
-    wrap_blocks(cfg, model)
+    compile_and_checkpoint(cfg, model)
     if WORLD_SIZE > 1:
-        mesh = init_device_mesh(torch.device(cfg.device).type, (copies(cfg), WORLD_SIZE // copies(cfg)),
+        mesh = init_device_mesh(torch.device(cfg.device).type, (replicas(cfg), WORLD_SIZE // replicas(cfg)),
                                 mesh_dim_names=("replicate", "shard"))
-        mesh = mesh if copies(cfg) > 1 else mesh["shard"]
+        mesh = mesh if replicas(cfg) > 1 else mesh["shard"]
         # Autocast would gather float32 and keep a bfloat16 copy of all blocks on every process until the backward pass.
         policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
@@ -149,12 +150,12 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     return model
 
 
-def copies(cfg: Config) -> int:
-    """Of the model, and so of each gradient: processes that hold the same part of it."""
+def replicas(cfg: Config) -> int:
+    """How many times the processes together hold the model, and so each row of a gradient."""
     return WORLD_SIZE // (cfg.shard_size or WORLD_SIZE)
 
 
-def wrap_blocks(cfg: Config, model: GPT) -> None:
+def compile_and_checkpoint(cfg: Config, model: GPT) -> None:
     if cfg.compile:
         model.cross_entropy = torch.compile(model.cross_entropy)
     for block in model.blocks:  # only the forward function is compiled: names of parameters stay as they are
@@ -179,8 +180,8 @@ def get_batch(cfg: Config, data: TokenBatches, positions: range) -> tuple[torch.
 
 
 def gradient(cfg: Config, model: GPT, data: TokenBatches, batch: int, stop: bool = False) -> tuple[float, float, bool]:
-    """Fills p.grad with the gradient of the mean loss over the global batch 0, 1, ..., clipped. Returns that loss, the norm
-    before clipping, and whether any process was asked to stop."""
+    """Fills p.grad with the clipped gradient of the mean loss over the global batch number `batch`, from 0. Returns that
+    loss, the norm before clipping, and whether any process has `stop`, which travels in the same all-reduce."""
     sequences = cfg.total_batch_tokens // cfg.block_size  # over all processes
     accumulation = sequences // (cfg.batch_size * WORLD_SIZE)
     loss = torch.zeros((), device=cfg.device)
@@ -192,13 +193,13 @@ def gradient(cfg: Config, model: GPT, data: TokenBatches, batch: int, stop: bool
         micro_loss.backward()  # processes are averaged by fully_shard
         loss += micro_loss.detach()
     grads = local([p.grad for p in model.parameters()])
-    squares = torch.stack(torch._foreach_norm(grads)).square().sum() / copies(cfg)
+    squares = torch.stack(torch._foreach_norm(grads)).square().sum() / replicas(cfg)
     stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(stop), device=cfg.device)])
     if WORLD_SIZE > 1:
         dist.all_reduce(stats)
     loss, squares, stopping = stats.tolist()
-    norm = math.sqrt(squares) if squares >= 0 else math.nan
-    if cfg.grad_clip and cfg.grad_clip < norm < math.inf:
+    norm = math.sqrt(squares)
+    if 0 < cfg.grad_clip < norm < math.inf:
         torch._foreach_mul_(grads, cfg.grad_clip / norm)
     return loss, norm, bool(stopping)
 
@@ -210,7 +211,7 @@ def take_step(cfg: Config, model: GPT, optimizer, lrs: list[float], data: TokenB
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise Failure(f"step {now.step}: loss {loss}, norm of the gradient {norm}: stopped before the step was taken; "
                       f"the last checkpoint, if there is one, is {Path(cfg.out_dir) / 'ckpt.pt'}")
-    if not hasattr(optimizer, "eval"):
+    if cfg.optimizer not in SCHEDULE_FREE:
         for group, lr in zip(optimizer.param_groups, lrs):
             group["lr"] = lr
     optimizer.step(lambda: loss)  # only schedulefree_plus asks
@@ -263,7 +264,7 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
         raise Failure(f"{e}: put a copy in its place, or start anew with --resume=False")
     before = {**saved["config"], **saved["model_config"]}
     for key, value in {**asdict(cfg), **asdict(model.config)}.items():
-        if key in FREE or before.get(key, value) == value or key == "data_dir" and cfg.change_data:
+        if key in MAY_CHANGE or before.get(key, value) == value or key == "data_dir" and cfg.change_data:
             continue
         other = "go on with it with --change_data=True, " if key == "data_dir" else ""
         raise Failure(f"{key} is {value!r}, but {path} was made with {before[key]!r}: go on with that, {other}or start anew "
@@ -327,7 +328,7 @@ def start_folder(cfg: Config, step: int) -> None:
 def report(cfg: Config, model: GPT, steps: int) -> str:
     total, hidden = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.hidden_matrices())
     words = 5 if cfg.optimizer == "schedulefree_plus" else 4  # weight, gradient, state
-    memory = 4 * (words * total - hidden * (cfg.optimizer in ("normuon", "muon"))) * copies(cfg) / WORLD_SIZE
+    memory = 4 * (words * total - hidden * (cfg.optimizer in ("normuon", "muon"))) * replicas(cfg) / WORLD_SIZE
     device = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else cfg.device
     accumulation = cfg.total_batch_tokens // (cfg.batch_size * cfg.block_size * WORLD_SIZE)
     length = (f"{steps} steps, {steps * cfg.total_batch_tokens / (20 * total):.2f} times 20 tokens per parameter"
@@ -410,14 +411,14 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
     stop = []  # signals that asked for it
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the last one is how Slurm warns
         signal.signal(number, lambda received, frame: stop.append(received))
-    schedule_free = hasattr(optimizer, "eval")
+    schedule_free = cfg.optimizer in SCHEDULE_FREE
     if schedule_free:
         optimizer.train()
     flops, peak = model.flops_per_token(), peak_flops(cfg)
     log = open(Path(cfg.out_dir) / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
     bar = tqdm(total=steps * cfg.total_batch_tokens or None, initial=now.step * cfg.total_batch_tokens, unit="tok",
                unit_scale=True, disable=RANK > 0, mininterval=0.5 if sys.stderr.isatty() else 15)
-    if 0 < now.step == now.data_step:
+    if 0 < now.step == now.data_step:  # other data from here on; a line of the next step, so that a new start cuts it
         write(log, step=now.step + 1, tokens=now.step * cfg.total_batch_tokens, data_dir=cfg.data_dir)
     first_step, logged_step, logged_time = now.step + 1, now.step, 0.0
     clock = time.perf_counter()
@@ -456,7 +457,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
             return bar.close()
         if schedule_free:
             optimizer.train()
-        if now.step == first_step or evaluating:  # never in the middle of a step
+        if now.step == first_step or evaluating:  # here, so that garbage is never collected in the middle of a step
             gc.collect()
             gc.freeze()
             gc.disable()

@@ -38,7 +38,7 @@ from model import GPT, GPTConfig
 
 def build(cfg: train.Config, n_layer: int) -> GPT:
     model = GPT(GPTConfig(cfg.vocab_size or 50304, cfg.block_size, n_layer, cfg.n_head, cfg.n_embd))
-    train.wrap_blocks(cfg, model)
+    train.compile_and_checkpoint(cfg, model)
     return model
 
 
@@ -85,7 +85,7 @@ def measure(cfg: train.Config) -> tuple[dict[str, float], int]:
         workspace = peak(optimizer.step, model, optimizer)
         # In float32 the embedding and its gradient; of two blocks 2 bytes for weights, 4 for gradients on their way
         whole = 2 * size(model.wte.parameters()) + 3 * size(model.blocks[0].parameters()) if train.WORLD_SIZE > 1 else 0
-    share = train.WORLD_SIZE // train.copies(cfg)
+    share = train.WORLD_SIZE // train.replicas(cfg)
     passes, step = two + (cfg.n_layer - 2) * (three - two) + whole, workspace / share
     n = weights // 4
     return {"weights": weights / share, "gradients": weights / share, "optimizer's state": state / share,
