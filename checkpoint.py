@@ -61,13 +61,19 @@ def save(path: Path, tree, first: bool) -> None:
 
 
 def load(path: Path) -> dict:
-    """Maps the file: its tensors are read when they are copied. Raises ValueError if it is not a whole checkpoint."""
+    """Maps the file, or ckpt.pt in a folder: its tensors are read when they are copied.
+
+    Raises FileNotFoundError if there is none, ValueError if it is not a whole checkpoint.
+    """
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not {"model", "model_config", "optimizer", "config", "step", "tokens", "train_time_s"} <= saved.keys():
             raise KeyError("keys")
-        if not isinstance(saved["config"], dict) or not isinstance(saved["model_config"], dict):
-            raise TypeError("config")
+        if not all(isinstance(saved[key], dict) for key in ("model", "model_config", "optimizer", "config")):
+            raise TypeError("no dict")
         return saved
     except Exception as e:  # noise can fail in any way
         raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None

@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> Config:
             key, equals, value = argument.lstrip("-").partition("=")
             if argument == "--eval_only":
                 value = "True"
-            elif not equals:
+            elif not equals and key in knobs:
                 raise Failure(f"{argument}: write it --{key}=value", 2)
             with contextlib.suppress(ValueError, SyntaxError, MemoryError):
                 if key in knobs and knobs[key].type is not str:

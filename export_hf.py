@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, which transformers, lm-eval, vLLM and llama.cpp read without code of ours.
+"""A checkpoint as a Hugging Face folder, which transformers and lm-eval read without code of ours.
 
     python export_hf.py runs/x out/                   a run's folder, or a ckpt.pt; out/ must be new, empty or an export
     lm_eval --model hf --model_args pretrained=out/ --tasks hellaswag
@@ -10,7 +10,9 @@ token.
 import argparse
 import json
 import math
+import os
 import re
+import tempfile
 from pathlib import Path
 
 from sample import fail, load_run
@@ -66,7 +68,9 @@ def hf_tokenizer(tokenizer, block_size):
 
 
 def model_card(run, model, saved):
-    log, evaluations = Path(run) / "log.jsonl", []
+    path, evaluations = Path(run).resolve(), []
+    folder = path if path.is_dir() else path.parent
+    log, name = folder / "log.jsonl", path.stem if path.is_file() and path.name != "ckpt.pt" else folder.name
     if log.exists():
         entries = (json.loads(line) for line in log.read_text().splitlines() if line.endswith("}"))
         evaluations = [entry for entry in entries if "val_loss" in entry and entry["step"] <= saved["step"]]
@@ -76,10 +80,10 @@ def model_card(run, model, saved):
     if evaluations:
         loss, step = evaluations[-1]["val_loss"], evaluations[-1]["step"]
         figures[f"validation loss at step {step:,}"] = f"{loss:.4f} nats per token"
-        figures["perplexity"] = f"{math.exp(loss):.2f}"
+        figures["perplexity"] = f"{math.exp(min(loss, 700)):.2f}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     knobs = json.dumps({key: value for key, value in cfg.items() if key != "out_dir"}, indent=1)
-    return (f"{CARD}# {Path(run).resolve().stem}\n\nIn training, every document follows the token `<|endoftext|>`: start a "
+    return (f"{CARD}# {name}\n\nIn training, every document follows the token `<|endoftext|>`: start a "
             f"text with it.\n\n| | |\n|---|---|\n{rows}\n\nThe configuration of the run:\n\n"
             f"```json\n{knobs}\n```\n")
 
@@ -91,30 +95,36 @@ def main():
     parser.add_argument("out", type=Path, help="a folder that is new, empty or an earlier export")
     args = parser.parse_args()
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         from transformers import ArceeConfig, GenerationConfig
     except ImportError as e:
         fail(f"{e}: pip install transformers", 1)
     out, card = args.out, args.out / "README.md"
     try:
-        if out.exists() and any(out.iterdir()) and not (card.exists() and card.read_bytes().startswith(CARD.encode())):
+        if out.exists() and any(f.suffix != ".new" for f in out.iterdir()) and not (card.exists() and card.read_bytes().startswith(CARD.encode())):
             fail(f"{out} is not empty and not an earlier export: give another folder")
         model, tokenizer, saved = load_run(args.run)
         c, eot = model.config, {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
         out.mkdir(parents=True, exist_ok=True)
-        card.write_text(model_card(args.run, model, saved))  # first: what is interrupted can be done again
-        ArceeConfig(
-            architectures=["ArceeForCausalLM"], vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
-            num_hidden_layers=c.n_layer, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, hidden_act="relu2",
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, rms_norm_eps=1e-5, rope_theta=10000.0,
-            tie_word_embeddings=True, attention_bias=False, mlp_bias=False, dtype="float32", **eot).save_pretrained(out)
-        GenerationConfig(**eot, pad_token_id=tokenizer.eot, do_sample=True,
-                         suppress_tokens=[*range(tokenizer.vocab_size, c.vocab_size)] or None).save_pretrained(out)
-        hf_tokenizer(tokenizer, c.block_size).save_pretrained(out)
-        save_file(hf_state(model), out / "model.safetensors", metadata={"format": "pt"})
+        with tempfile.TemporaryDirectory(suffix=".new", dir=out) as new:  # all of it, or nothing
+            new = Path(new)
+            (new / card.name).write_text(model_card(args.run, model, saved))
+            ArceeConfig(
+                architectures=["ArceeForCausalLM"], vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
+                num_hidden_layers=c.n_layer, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, hidden_act="relu2",
+                num_attention_heads=c.n_head, num_key_value_heads=c.n_head, rms_norm_eps=1e-5, rope_theta=10000.0,
+                tie_word_embeddings=True, attention_bias=False, mlp_bias=False, dtype="float32", **eot).save_pretrained(new)
+            GenerationConfig(**eot, pad_token_id=tokenizer.eot, do_sample=True,
+                             suppress_tokens=[*range(tokenizer.vocab_size, c.vocab_size)] or None).save_pretrained(new)
+            hf_tokenizer(tokenizer, c.block_size).save_pretrained(new)
+            save_file(hf_state(model), new / "model.safetensors", metadata={"format": "pt"})
+            (new / "model.safetensors").chmod(0o644)  # it comes readable by its owner only
+            for file in new.iterdir():
+                os.replace(file, out / file.name)
     except (FileNotFoundError, NotADirectoryError) as e:
         fail(e)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         fail(e, 1)
     print(f"{out}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
 

@@ -163,7 +163,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     """One token for each row of logits (B, vocab_size): (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # largest 0: nothing overflows
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

@@ -328,6 +328,7 @@ def number(text):
 
 def main():
     parser = argparse.ArgumentParser(description="Turn text into token shards.")
+    parser.print_usage = lambda file: None  # what is asked wrongly gets one line
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--subset", default="sample-10BT", help="of FineWeb, streamed (default: %(default)s)")
     source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, .jsonl, .ndjson), text "

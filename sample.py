@@ -12,6 +12,10 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C, or a reader that has seen enough: just end
+        signal.signal(number, signal.SIG_DFL)
+
 import torch
 
 from checkpoint import load
@@ -23,11 +27,9 @@ from prepare_fineweb import get_tokenizer
 def load_run(run, device="cpu"):
     """The model, in float32, the tokenizer and the whole checkpoint of a run's folder or of a ckpt.pt.
 
-    FileNotFoundError if there is none, ValueError if it is not whole or its tokenizer cannot be had.
+    FileNotFoundError if there is none, ValueError if it is damaged or its tokenizer cannot be had.
     """
-    path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+    path = Path(run)
     saved = load(path)
     try:
         with torch.device("meta"):  # the weights are the file's
@@ -35,6 +37,8 @@ def load_run(run, device="cpu"):
         model.load_state_dict(saved["model"], assign=True)
     except (RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{path} does not hold the model that it describes: {str(e):.100}") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{path} holds weights that are not finite: take an earlier copy")
     vocab_size, name = model.config.vocab_size, saved.get("tokenizer")
     if name is None:  # an old checkpoint
         try:
@@ -116,6 +120,4 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # the text may have characters that the terminal has not
-    for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C, or a reader that has seen enough: just end
-        signal.signal(number, signal.SIG_DFL)
     main()

@@ -132,8 +132,12 @@ def test_a_study_from_start_to_report(copy):
     assert readme.read_text() == "no markers\n"
 
 
+def final_line(folder):
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+
+
 def final_loss(folder):
-    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+    return final_line(folder)["val_loss"]
 
 
 def test_extending_an_anytime_run_goes_on_from_its_checkpoint(copy):
@@ -279,6 +283,10 @@ def test_claims_that_the_data_does_not_carry_are_named(tmp_path):
     assert "one seed, so no claim: AdamW cosine, lr 0.01" in notes
     assert "different numbers of tokens" in notes
     assert "ended early: b after 0.005M of 0.01M" in notes
+    steady = {key: 0.1 for key in ("rho", "alpha", "lambda_rho", "lambda_rho_predicted")}  # one point makes no figure 4
+    (tmp_path / "b/log.jsonl").write_text(json.dumps({**final_line(tmp_path / "b"), **steady}) + "\n")
+    assert "SF-NorMuon" in compare.report([str(tmp_path)], None, tmp_path / "figures")
+    assert not (tmp_path / "figures/fig4_steady_state.svg").exists()
     write_run(tmp_path / "c0", {10: 3.0}, dict(optimizer="normuon", lr=0.01))
     write_run(tmp_path / "c1", {10: 2.0}, dict(optimizer="normuon", lr=0.02))
     write_run(tmp_path / "c2", {10: 4.0}, dict(optimizer="normuon", lr=0.04))
@@ -305,8 +313,10 @@ def test_runs_of_different_sizes_get_tables_of_their_own(tmp_path):
 
 
 def test_reports_on_nothing_are_one_line(tmp_path):
+    result = run(REPO, "experiments/compare.py", "--folow", tmp_path)
+    assert result.returncode == 2 and "--folow" in result.stderr and result.stderr.count("\n") == 1
     result = run(REPO, "experiments/compare.py", tmp_path)
-    assert result.returncode == 1 and "no runs" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "no runs" in result.stderr and "Traceback" not in result.stderr
     write_run(tmp_path / "a", {10: 3.0})
     (tmp_path / "a/log.jsonl").write_text("noise\n")
     result = run(REPO, "experiments/compare.py", tmp_path)

@@ -27,7 +27,8 @@ from processes import Failure
 REPO = Path(__file__).resolve().parent
 HOW_TO_MARK = ("if it wants what a test has not, put <!-- not run: why --> on the line before its block, or "
                "<!-- not run (part of the line): why --> if the other lines of the block can be run")
-BLOCK = re.compile(r"(?:^ *<!-- not run(?: \(([^\n]+?)\))?: [^\n]+ -->\n)?^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+BLOCK = re.compile(r"(?:^ *<!-- not run(?: \(([^\n]+?)\))?: [^\n]+ -->\n)?^ *(```+|~~~+) *(\w*)[^\n]*\n(.*?)^ *\2 *$",
+                   re.M | re.S)
 SHELLS = ("sh", "bash", "shell", "console")
 
 
@@ -41,7 +42,9 @@ def read(text: str) -> tuple[list[tuple[list[str], list[str]]], list[str]]:
     """(commands to be run, others) of each block; commands in the text."""
     blocks = []
     for match in BLOCK.finditer(text):
-        marked, (parts, language, content) = match[0].lstrip().startswith("<!--"), match.groups()
+        marked, (parts, _, language, content) = match[0].lstrip().startswith("<!--"), match.groups()
+        command = re.search(r"^ *(\$ )?(python3?|torchrun|pip) .*", content, re.M)
+        assert language in SHELLS or not command, f"{command[0]}: a block of commands begins with ```sh"
         if language in SHELLS:
             parts = parts.split(", ") if parts else [""] if marked else []
             lines = lines_of(content)
@@ -52,7 +55,7 @@ def read(text: str) -> tuple[list[tuple[list[str], list[str]]], list[str]]:
     rest = BLOCK.sub("", text)
     assert "<!-- not run" not in rest, "a marker is not on the line before a block, or wants its reason after a colon"
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
-    return blocks, [s for s in spans if re.match(r"(\w+=\S+ )*(python|torchrun|pip|\S+\.py) ", s)]
+    return blocks, [s for s in spans if re.match(r"(\w+=\S+ )*(python3?|torchrun|pip|\S+\.py) ", s)]
 
 
 def simple_commands(line: str) -> list[list[str]]:
@@ -156,6 +159,12 @@ def test_files_flags_and_values_exist(at_home):
     assert "\n".join(problems(at_home)) == ""
 
 
+def test_links_lead_somewhere(at_home):
+    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", at_home, re.M)}
+    for link in re.findall(r"\]\(([^)\s]+)\)", at_home):
+        assert re.match("https?:", link) or (link[1:] in headings if link[0] == "#" else (REPO / link).exists()), link
+
+
 def test_flags_in_the_text_exist(at_home):
     sources = "".join(path.read_text() for path in [*REPO.glob("*.py"), *REPO.glob("experiments/*.py")])
     for span in re.findall(r"`(--[^`]+)`", BLOCK.sub("", at_home)):
@@ -173,10 +182,18 @@ def test_flags_in_the_text_exist(at_home):
     ("Or `experiments/sweep.py experiments/studies/smal.py`.", "smal.py does not exist"),
     ("`python experiments/memory.py configs/772m_sf.py --processe=8`", "unknown knob"),
     ("`python sample.py runs/x --promt=x`", "no --promt"), ("`python samples.py runs/x`", "does not exist"),
+    ("``` sh title=x\npython train.py configs/nope.py\n```\n", "nope.py does not exist"),
+    ("~~~sh\npython train.py configs/nope.py\n~~~\n", "nope.py does not exist"),
+    ("`python3 experiments/compare.py --folow runs/x`", "no --folow"),
     ("`pip install -r requirement.txt`", "no such requirements"), ("`X=1 python -m pytests`", "no such module")])
 def test_what_is_wrong_is_found(at_home, wrong, words):
     found = problems(wrong)
     assert len(found) == 1 and words in found[0]
+
+
+def test_commands_stand_in_blocks_for_commands():
+    with pytest.raises(AssertionError, match="python train.py: a block of commands begins with ```sh"):
+        read("```\npython train.py\n```\n")
 
 
 # ---- run

@@ -115,7 +115,8 @@ def test_sample(finished, call):
     assert call(sample.main, ckpt, f"--prompt=FILE:{folder.parent / 'start.txt'}", "--tokens=30")[1] == out
     three = call(sample.main, ckpt, "--samples=3", "--tokens=20")[1].split("\n---------------\n")
     assert len(three) == 3 and len({*three}) > 1
-    greedy = [call(sample.main, ckpt, "--tokens=20", flag)[1] for flag in ("--temperature=0", "--top_k=1", "--top_p=1e-6")]
+    greedy = [call(sample.main, ckpt, "--tokens=20", flag)[1] for flag in ("--temperature=0", "--top_k=1", "--top_p=1e-6", "--temperature=1e-45",
+                                                                         "--temperature=1e-320")]
     assert greedy[0] == greedy[1] == greedy[2]
 
 
@@ -144,7 +145,8 @@ def test_tokenizer_of_a_checkpoint(finished, tmp_path, monkeypatch):
     (["run", "--samples=0"], 2, "samples"), (["run", "--seed=-1"], 2, "seed"), (["run", "--tokens=x"], 2, "tokens"),
     (["run", "--device=abacus"], 2, "abacus"), (["run", "--prompt=FILE:nowhere"], 2, "nowhere"),
     (["run", "--prompt=FILE:noise.pt"], 2, "noise.pt"), (["run", "--topp=1"], 2, "topp"), ([], 2, "run"),
-    (["tokenizer.pt"], 1, "abacus"), pytest.param(["words.pt"], 1, "gpt2", marks=needs_gpt2)], ids=str)
+    (["tokenizer.pt"], 1, "abacus"), (["nan.pt"], 1, "not finite"),
+    pytest.param(["words.pt"], 1, "gpt2", marks=needs_gpt2)], ids=str)
 def test_sample_asked_wrongly(finished, tmp_path, monkeypatch, call, argv, status, words):
     monkeypatch.chdir(tmp_path)
     Path("run").symlink_to(finished.folder)
@@ -153,6 +155,7 @@ def test_sample_asked_wrongly(finished, tmp_path, monkeypatch, call, argv, statu
     torch.save({**saved, "model": {}}, "other.pt")
     torch.save({**saved, "tokenizer": "abacus"}, "tokenizer.pt")
     torch.save({**saved, "tokenizer": "gpt2"}, "words.pt")
+    torch.save({**saved, "model": {k: v * math.nan for k, v in saved["model"].items()}}, "nan.pt")
     got, out, err = call(sample.main, *argv)
     assert (got, out) == (status, "") and words in err and err.count("\n") == 1 and len(err) < 400, (got, err)
 
@@ -205,7 +208,7 @@ def test_export(finished, tmp_path, call, name):
     assert theirs.decode([tokenizer.eot]) == "<|endoftext|>"
     card = (tmp_path / "a/out/README.md").read_text()
     assert f"{sum(p.numel() for p in gpt.parameters()):,}" in card and f"{saved['tokens']:,}" in card
-    assert '"optimizer": "sf_normuon"' in card
+    assert '"optimizer": "sf_normuon"' in card and f"\n# {'gpt2' if name == 'gpt2' else run.name}\n" in card
     if name == "byte":
         loss = list(finished.values("val_loss").values())[-1]
         assert f"at step 12 | {loss:.4f} nats" in card and f"{math.exp(loss):.2f}" in card
@@ -231,6 +234,14 @@ def test_export_spares_what_is_there(finished, tmp_path, call):
         (tmp_path / "out/model.safetensors").write_bytes(b"")
     call(export_hf.main, finished.folder / "ckpt.pt", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").stat().st_size > 1000
+
+    torch.save({**finished.checkpoint(), "step": 5}, tmp_path / "other.pt")
+    before = tree(tmp_path / "out")  # a disk that is full leaves it whole
+    command = f"ulimit -f 64; exec {sys.executable} {REPO / 'export_hf.py'} {tmp_path / 'other.pt'} {tmp_path / 'out'}"
+    result = subprocess.run(["bash", "-c", command], env=ENV, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "export_hf.py:" in result.stderr, result.stderr
+    assert tree(tmp_path / "out") == before
+    assert call(export_hf.main, tmp_path / "other.pt", tmp_path / "out")[0] == 0 and tree(tmp_path / "out") != before
 
 
 # ---------------------------------------------------------------- the optimizer elsewhere
@@ -353,7 +364,14 @@ def test_eval_only_elsewhere(finished, cwd, data, tokens):
     expected = [nats / (14 * 64), math.exp(nats / (14 * 64)), nats / math.log(2) / (x[1:] < 256).sum().item()]
     assert figures(run.out) == pytest.approx(expected, rel=1e-5) and "896 tokens of other" in run.out and tree(cwd) == before
 
-    Run(cwd, eval_only=True, out_dir="nowhere").wait(2).complaint("nowhere/ckpt.pt")
+    assert figures(Run(cwd, eval_only=True, data_dir="other", init_from=finished.folder, eval_tokens=10**9).wait().out) == \
+        figures(run.out)
+    Run(cwd, eval_only=True, out_dir="nowhere").wait(2).complaint("nowhere/ckpt.pt", "no such checkpoint")
+    (cwd / "noise.pt").write_bytes(bytes(1000))
+    Run(cwd, eval_only=True, init_from="noise.pt").wait(1).complaint("noise.pt")
+    saved = finished.checkpoint()
+    torch.save({**saved, "model": {k: v * math.nan for k, v in saved["model"].items()}}, cwd / "nan.pt")
+    Run(cwd, eval_only=True, init_from="nan.pt").wait(1).complaint("nan.pt", "damaged")
     Run(cwd, eval_only=True, n_layer=3, init_from=finished.folder / "ckpt.pt").wait(2).complaint("n_layer", "3")
     (cwd / "other/meta.json").write_text('{"tokenizer": "abacus", "vocab_size": 257}')
     run = Run(cwd, eval_only=True, data_dir="other", init_from=finished.folder / "ckpt.pt").wait(2)

@@ -123,10 +123,8 @@ def open_data(cfg: Config) -> tuple[TokenBatches, TokenBatches, dict, int]:
             raise Failure(f"vocab_size {vocab_size} is smaller than the {meta['vocab_size']} of {cfg.data_dir}", 2)
         train, val = (TokenBatches(cfg.data_dir, split, cfg.block_size, vocab_size, cfg.seed)
                       for split in ("val" if cfg.eval_only else "train", "val"))
-    except FileNotFoundError as e:
-        raise Failure(e, 2)
     except (OSError, ValueError) as e:
-        raise Failure(e)
+        raise Failure(e, 2 if isinstance(e, FileNotFoundError) else 1)
     return train, val, meta, vocab_size
 
 
@@ -272,19 +270,21 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
     return saved
 
 
-def load_weights(cfg: Config, model: GPT) -> dict:
+def load_weights(cfg: Config, model: GPT, tokenizer: str) -> dict:
     try:
         saved = load(Path(cfg.init_from))
-    except ValueError as e:
-        raise Failure(f"init_from: {e}", 2)
+    except (OSError, ValueError) as e:
+        raise Failure(e, 2 if isinstance(e, FileNotFoundError) else 1)
+    if saved.get("tokenizer", tokenizer) != tokenizer:
+        raise Failure(f"{cfg.init_from} is made of {saved['tokenizer']} tokens, {cfg.data_dir} of {tokenizer} tokens", 2)
     for key, value in asdict(model.config).items():
-        if saved["model_config"][key] != value and key != "block_size":
-            raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {saved['model_config'][key]!r}", 2)
+        if key != "block_size" and (other := saved["model_config"].get(key)) != value:
+            raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {other!r}: give its config", 2)
     restore(saved, model)
     return saved
 
 
-def resume(cfg: Config, model: GPT, optimizer) -> Progress:
+def resume(cfg: Config, model: GPT, optimizer, tokenizer: str) -> Progress:
     """Puts the model and the optimizer where the checkpoint left them, or the model where init_from did."""
     ckpt = Path(cfg.out_dir) / "ckpt.pt"
     saved = together(lambda: load_checkpoint(cfg, ckpt, model))
@@ -294,7 +294,7 @@ def resume(cfg: Config, model: GPT, optimizer) -> Progress:
         changed = saved["config"]["data_dir"] != cfg.data_dir
         return Progress(saved["step"], saved["train_time_s"], saved["step"] if changed else saved.get("data_step", 0))
     if cfg.init_from:
-        together(lambda: load_weights(cfg, model))
+        together(lambda: load_weights(cfg, model, tokenizer))
     return Progress()
 
 
@@ -389,7 +389,7 @@ def main(argv: list[str]) -> None:
 
     out_dir = Path(cfg.out_dir)
     on_first_process(lambda: lock(out_dir))
-    now = resume(cfg, model, optimizer)
+    now = resume(cfg, model, optimizer, meta["tokenizer"])
     if steps and now.step >= steps:
         return say(f"{out_dir} is finished: {now.step} steps are in {out_dir / 'ckpt.pt'}. More: --max_tokens=... "
                    "Anew: --resume=False")
@@ -467,12 +467,12 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
 def print_evaluation(cfg: Config, model: GPT, data: TokenBatches, meta: dict) -> None:
     """Of a checkpoint. Writes nothing."""
     cfg.init_from = cfg.init_from or str(Path(cfg.out_dir) / "ckpt.pt")
-    saved = together(lambda: load_weights(cfg, model))
-    if saved.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
-        raise Failure(f"{cfg.init_from} is made of {saved['tokenizer']} tokens, {cfg.data_dir} of {meta['tokenizer']} tokens", 2)
+    saved = together(lambda: load_weights(cfg, model, meta["tokenizer"]))
     loss = evaluate(cfg, model, data)
+    if not math.isfinite(loss):
+        raise Failure(f"{cfg.init_from}: validation loss {loss}: its weights are damaged, take an earlier copy")
     say(f"{cfg.init_from}, step {saved['step']}, on {eval_sequences(cfg, data) * cfg.block_size:,} tokens of {cfg.data_dir}\n"
-        f"validation loss  {loss:.6f} nats per token\nperplexity       {math.exp(loss):.6f}")
+        f"validation loss  {loss:.6f} nats per token\nperplexity       {math.exp(min(loss, 700)):.6f}")
     tokenizer = load_tokenizer(meta)
     if tokenizer and RANK == 0:
         say(f"bits per byte    {bits_per_byte(cfg, data, tokenizer, loss):.6f}")

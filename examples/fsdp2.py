@@ -1,6 +1,6 @@
 """SFNorMuon under FSDP2, with checkpoints of torch.distributed.checkpoint, from which any number of processes goes on.
 
-    torchrun --standalone --nproc_per_node=2 examples/fsdp2.py out/ 12     12 steps; goes on from the last checkpoint
+    PYTHONPATH=. torchrun --standalone --nproc_per_node=2 examples/fsdp2.py out/ 12     12 steps; goes on from the last checkpoint
 """
 import os
 import sys

@@ -1,7 +1,7 @@
 """SFNorMuon in the Trainer of Hugging Face transformers, which calls optimizer.train() before each training step and
 optimizer.eval() before each evaluation by itself, but not before it saves: that is what the callback is for.
 
-    python examples/hf_trainer.py out/ 12     trains a tiny model for 12 steps; goes on from the last checkpoint in out/
+    PYTHONPATH=. python examples/hf_trainer.py out/ 12     trains a tiny model for 12 steps; goes on from the last checkpoint in out/
 """
 import sys
 from pathlib import Path

@@ -346,6 +346,7 @@ def where() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file: None  # what is asked wrongly gets one line
     parser.add_argument("what", choices=("step", "train", "start", "loop", "scaling"))
     parser.add_argument("--size", choices=SIZES, default="125m")
     parser.add_argument("--layers", type=int, default=0, help="default: all on a GPU, 2 on a CPU")

@@ -32,7 +32,7 @@ try:
     import figures
 except ImportError as e:
     sys.exit(f"compare.py: {e}: pip install -r requirements-dev.txt")
-from config import FREE, SCHEDULE_FREE, Config
+from config import MAY_CHANGE, SCHEDULE_FREE, Config
 from data import write_atomically
 from model import GPT, GPTConfig
 from sweep import read_log
@@ -41,7 +41,7 @@ NAMES = {"sf_normuon": "SF-NorMuon", "sf_adamw": "SF-AdamW", "adamw": "AdamW", "
          "amuse": "AMUSE", "schedulefree_plus": "ScheduleFree+"}
 DEFAULT = asdict(Config())
 SETTING = ("data_dir", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "total_batch_tokens", "dtype")
-NOT_THE_METHOD = {*SETTING, *FREE, "lr", "seed", "eval_tokens", "device"}
+NOT_THE_METHOD = {*SETTING, *MAY_CHANGE, "lr", "seed", "eval_tokens", "device"}
 
 
 # ---- runs, and rows of a table
@@ -98,17 +98,9 @@ class Row:
     members: list[Run]  # all runs of the method
     runs: dict[int, dict[int, Run]] = field(default_factory=dict)  # by horizon and seed
 
-    @property
-    def scheduled(self) -> bool:
-        return self.members[0].scheduled
-
-    @property
-    def config(self) -> dict:
-        return self.members[0].config
-
-    @property
-    def optimizer(self) -> str:
-        return NAMES[self.config["optimizer"]]
+    def __post_init__(self):
+        self.config, self.scheduled = self.members[0].config, self.members[0].scheduled
+        self.optimizer = NAMES[self.config["optimizer"]]
 
     @property
     def longest(self) -> list[Run]:
@@ -132,7 +124,7 @@ class Row:
 def read_runs(paths: list[str]) -> list[Run]:
     folders = [log.parent for path in paths for log in sorted(Path(path).glob("**/log.jsonl"))]
     if not folders:
-        raise SystemExit(f"compare.py: no runs in {' '.join(paths)}: a run's folder holds config.json and log.jsonl")
+        refuse(f"no runs in {' '.join(paths)}: a run's folder holds config.json and log.jsonl")
     return [read_run(folder) for folder in dict.fromkeys(folders)]
 
 
@@ -140,10 +132,17 @@ def read_run(folder: Path) -> Run:
     try:
         config = {**DEFAULT, **json.loads((folder / "config.json").read_text())}
         lines = read_log(folder)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"compare.py: {folder} is not a run's folder: {e}")
+        if not all({"step", "tokens"} <= line.keys() for line in lines):
+            raise ValueError("log.jsonl has a line without step and tokens")
+    except (OSError, ValueError, AttributeError) as e:
+        sys.exit(f"compare.py: {folder} is not a run's folder: {e}")
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     return Run(folder.name, config, [e for e in lines if "val_loss" in e], [e for e in lines if "loss" in e])
+
+
+def refuse(message: str) -> None:
+    print(f"compare.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
@@ -296,10 +295,6 @@ def fraction_cell(row: Row, other: Row, h: int) -> str:
     return f"{mean(e['tokens'] for e in reached) / h:.2f}"
 
 
-def seconds_cell(row: Row, h: int) -> str:
-    return f"{min(r.at(h)['train_time_s'] for r in row.members if r.at(h)):.0f}" if h in row.runs else ""
-
-
 def target_cells(row: Row, target: float) -> list[str]:
     seeds = row.reach(target)
     reached = list(filter(None, seeds))
@@ -325,7 +320,8 @@ def tables(c: Comparison, target: float | None) -> str:
         table(f"Tokens to the loss of {adamw.label}, as a fraction of its tokens",
               lambda row, h: fraction_cell(row, adamw, h), [row for row in rows if row is not adamw])
     table("Seconds of training (the fastest run at any rate; without evaluation, checkpoints and start-up)",
-          seconds_cell, [row for row in rows if row.main])
+          lambda row, h: f"{min(r.at(h)['train_time_s'] for r in row.members if r.at(h)):.0f}" if h in row.runs else "",
+          [row for row in rows if row.main])
     if target is not None:
         found.append(f"To a validation loss of {target:g}:\n\n" + markdown(
             ["optimizer", "steps", "tokens", "seconds", "seeds"], [[row.label, *target_cells(row, target)] for row in rows]))
@@ -340,11 +336,10 @@ def report(paths: list[str], target: float | None, out: Path | None) -> str:
         settings[tuple(run.config[k] for k in SETTING)].append(run)
     parts = []
     for i, runs in enumerate(settings.values()):
-        c, knobs, part = Comparison(runs), runs[0].config, ""
-        if c.parameters or len(settings) > 1:
-            part = (f"{c.parameters:,} parameters, " if c.parameters else "") + (
-                f"{knobs['n_layer']} layers of width {knobs['n_embd']}, {knobs['total_batch_tokens']:,} tokens a step, "
-                f"data {knobs['data_dir']}.\n\n")
+        c, knobs = Comparison(runs), runs[0].config
+        part = (f"{c.parameters:,} parameters, " if c.parameters else "") + (
+            f"{knobs['n_layer']} layers of width {knobs['n_embd']}, {knobs['total_batch_tokens']:,} tokens a step, "
+            f"data {knobs['data_dir']}.\n\n")
         if not c.rows:
             parts.append(part + "No run has got to a planned length yet.\n")
             continue
@@ -366,8 +361,7 @@ def rewrite(readme: Path, study: str, text: str, check: bool) -> None:
         return print(f"{readme} has no <!-- results: {study} --> … <!-- /results -->")
     new = re.sub(pattern, lambda m: m[1] + text + m[2], content, flags=re.S)
     if check and new != content:
-        raise SystemExit(f"compare.py: the tables of {study} in {readme} are not what its runs say: "
-                         f"run it without --check")
+        sys.exit(f"compare.py: the tables of {study} in {readme} are not what its runs say: run it without --check")
     if new != content:
         write_atomically(readme, lambda file: file.write(new.encode()))
 
@@ -380,16 +374,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the figures; default: the study's, else figures")
     parser.add_argument("--readme", type=Path, help="file in which the tables stand between markers")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if --readme differs")
+    parser.error = refuse
     args = parser.parse_args()
-    if args.follow and (args.target or args.out or args.readme or args.check):
-        parser.error("--follow draws <first run>/curve.svg and takes no other flag")
     if args.follow:
+        if args.target is not None or args.out or args.readme or args.check:
+            refuse("--follow draws <first run>/curve.svg and takes no other flag")
         with contextlib.suppress(KeyboardInterrupt):
-            figures.follow(list(map(Path, args.paths)), read_run)
-        return
+            return figures.follow(list(map(Path, args.paths)), read_run)
     study = Path(args.paths[0]) if len(args.paths) == 1 and (Path(args.paths[0]) / "runs").is_dir() else None
     if args.check and not (args.readme and study):
-        parser.error("--check wants --readme and one study, experiments/results/<study>")
+        refuse("--check wants --readme and one study, experiments/results/<study>")
     out = None if args.check else args.out or (study or Path(".")) / "figures"
     text = report(args.paths, args.target, out)
     if args.readme and study:

@@ -156,11 +156,13 @@ def fig3_momentum_and_rows(c, color):
 
 def fig4_steady_state(c, color):
     rows = [row for row in without_ablations(c) if row.config["optimizer"] == "sf_normuon"]
+    lines_of = {row.label: [e for e in row.longest[0].evals if "rho" in e] for row in rows}
+    rows = [row for row in rows if len(lines_of[row.label]) > 1]
     if not rows:
         return None
     figure, axes = panels(3)
     for row in rows:
-        lines = [e for e in row.longest[0].evals if "rho" in e]
+        lines = lines_of[row.label]
         t, style = [e["tokens"] for e in lines], {"color": color[row.label]}
         axes[0].plot(t, [e["lambda_rho"] for e in lines], label=f"{row.label}: λρ", **style)
         axes[0].plot(t, [e["lambda_rho_predicted"] for e in lines], "--", label="predicted", **style)

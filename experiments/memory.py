@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.print_usage = lambda file: None  # what is asked wrongly gets one line
 parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--card", type=float, default=80.0, help="GB")
 parser.add_argument("--measure", action="store_true")

@@ -218,6 +218,7 @@ def work(study, jobs: int, processes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file: None  # what is asked wrongly gets one line
     parser.add_argument("study")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores or GPUs")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of each run")
