@@ -226,6 +226,7 @@ def main() -> None:
     args = parser.parse_args()
     study = read_study(args.study)
     if args.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
         for run, knobs in remaining(study):
             print(run or f"{knobs['optimizer']}, {knobs['max_tokens']} tokens, seed {knobs['seed']}: rate not chosen yet")
         return

@@ -6,6 +6,9 @@ optimizer without a schedule and 90 times for each with one; 8x wants 20B tokens
 
 This has not been run: the grids and everything else that is not the paper's are this repository's choices.
 """
+import runpy
+from pathlib import Path
+
 base = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, eval_interval=393)
 tokens = 4716 * 524288  # 1x: 20 for each of the 124M parameters
 horizons = 1, 2, 4, 8
@@ -15,10 +18,12 @@ tuning_seeds = 100,
 adamw = dict(optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1, adam_weight_decay=0.1, lr=[0.00075, 0.0015, 0.003])
 normuon = dict(optimizer="normuon", momentum=0.95, adam_betas=(0.9, 0.95), lr=[0.002, 0.004, 0.008])
 sf_normuon = dict(optimizer="sf_normuon", lr=[0.004, 0.008, 0.016])
+anytime = runpy.run_path(str(Path(__file__).with_name("frontier.py")))["anytime"]
 
 optimizers = {
     "adamw_cosine": dict(adamw, schedule="cosine"),
     "sf_normuon": sf_normuon,
+    "anytime": dict(anytime, warmup_steps=700, lr=[0.001, 0.002, 0.004]),
     "sf_adamw": dict(optimizer="sf_adamw", betas=(0.95, 0.99), lr=[0.0015, 0.003, 0.006]),
     "normuon_cosine": dict(normuon, schedule="cosine"),
 }

@@ -1,0 +1,13 @@
+# What equals NorMuon with a tuned schedule at 0.07M and 0.2M parameters (experiments/results/frontier.md), at 125M, where it
+# has not been run. The rate is a guess: a quarter of the paper's, as there; sweep it. beta_power counts from the warm-up,
+# which is a seventh of 1x, as there. Nothing depends on max_tokens.
+max_tokens = 20e9  # 8x, where 1x is 20 tokens per parameter
+lr = 0.002
+warmup_steps = 700
+betas = 0.4, 0.95
+adam_betas = 0.4, 0.99
+momentum = 0.9
+decay_at = "y"
+weight_decay = adam_weight_decay = 0.03
+averaging_power = 2.0
+beta_power = 0.5
