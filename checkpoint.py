@@ -87,9 +87,9 @@ def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
 
 
 def restore_optimizer(saved: dict, optimizer) -> None:
-    if "state" not in saved:  # of several optimizers
-        for name, part in saved.items():
-            restore_optimizer(part, getattr(optimizer, name))
+    if not isinstance(optimizer, torch.optim.Optimizer):  # MuonAdamW is two
+        for name in ("muon", "adamw"):
+            restore_optimizer(saved[name], getattr(optimizer, name))
         return
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # load_state_dict would copy whole tensors to the device

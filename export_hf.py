@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import shutil
 from pathlib import Path
 
 from sample import fail, load_run
@@ -71,7 +71,7 @@ def model_card(run, model, saved):
     path, evaluations = Path(run).resolve(), []
     folder = path if path.is_dir() else path.parent
     log, name = folder / "log.jsonl", path.stem if path.is_file() and path.name != "ckpt.pt" else folder.name
-    if log.exists():
+    if log.exists() and (path.is_dir() or path.name == "ckpt.pt"):  # another file may be of another run
         entries = (json.loads(line) for line in log.read_text().splitlines() if line.endswith("}"))
         evaluations = [entry for entry in entries if "val_loss" in entry and entry["step"] <= saved["step"]]
     cfg = saved["config"]
@@ -100,32 +100,33 @@ def main():
         from transformers import ArceeConfig, GenerationConfig
     except ImportError as e:
         fail(f"{e}: pip install transformers", 1)
-    out, card = args.out, args.out / "README.md"
+    out, card, new = args.out, args.out / "README.md", args.out / ".export.new"
     try:
-        if out.exists() and any(f.suffix != ".new" for f in out.iterdir()) and not (card.exists() and card.read_bytes().startswith(CARD.encode())):
+        if out.exists() and any(f != new for f in out.iterdir()) and not (card.exists() and card.read_bytes().startswith(CARD.encode())):
             fail(f"{out} is not empty and not an earlier export: give another folder")
         model, tokenizer, saved = load_run(args.run)
         c, eot = model.config, {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(suffix=".new", dir=out) as new:  # all of it, or nothing
-            new = Path(new)
-            (new / card.name).write_text(model_card(args.run, model, saved))
-            ArceeConfig(
-                architectures=["ArceeForCausalLM"], vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
-                num_hidden_layers=c.n_layer, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, hidden_act="relu2",
-                num_attention_heads=c.n_head, num_key_value_heads=c.n_head, rms_norm_eps=1e-5, rope_theta=10000.0,
-                tie_word_embeddings=True, attention_bias=False, mlp_bias=False, dtype="float32", **eot).save_pretrained(new)
-            GenerationConfig(**eot, pad_token_id=tokenizer.eot, do_sample=True,
-                             suppress_tokens=[*range(tokenizer.vocab_size, c.vocab_size)] or None).save_pretrained(new)
-            hf_tokenizer(tokenizer, c.block_size).save_pretrained(new)
-            save_file(hf_state(model), new / "model.safetensors", metadata={"format": "pt"})
-            (new / "model.safetensors").chmod(0o644)  # it comes readable by its owner only
-            for file in new.iterdir():
-                os.replace(file, out / file.name)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)  # what fails leaves out/ as it was
+        (new / card.name).write_text(model_card(args.run, model, saved))
+        ArceeConfig(
+            architectures=["ArceeForCausalLM"], vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
+            num_hidden_layers=c.n_layer, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, hidden_act="relu2",
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, rms_norm_eps=1e-5, rope_theta=10000.0,
+            tie_word_embeddings=True, attention_bias=False, mlp_bias=False, dtype="float32", **eot).save_pretrained(new)
+        GenerationConfig(**eot, pad_token_id=tokenizer.eot, do_sample=True,
+                         suppress_tokens=[*range(tokenizer.vocab_size, c.vocab_size)] or None).save_pretrained(new)
+        hf_tokenizer(tokenizer, c.block_size).save_pretrained(new)
+        save_file(hf_state(model), new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod(0o644)  # it comes readable by its owner only
+        for file in sorted(new.iterdir()):  # README.md first: what is interrupted can be done again
+            os.replace(file, out / file.name)
     except (FileNotFoundError, NotADirectoryError) as e:
         fail(e)
     except (OSError, ValueError, SafetensorError) as e:
         fail(e, 1)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     print(f"{out}: for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
 
 

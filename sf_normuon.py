@@ -16,9 +16,9 @@ y, between them, is where gradients are taken. A hidden weight matrix W of shape
     y = (1-β1) z + β1 x
 
 from x = y = z, M = 0 and v = 0, without bias correction: polar(M) and P̂ / ‖P̂‖_F do not see a common factor.
-Every other parameter (embeddings, output head, gains) takes a step of AdamW without its first moment, whose work the place
-of y between z and x does: u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε), v ← β2 v + (1-β2) g⊙g, and the last three lines.
-Only two of the three are stored: the parameter holds y while training and x while evaluating, the state holds z.
+Every other parameter (embeddings, output head, gains) takes AdamW's step without a first moment, since y between z and x
+does that work: v ← β2 v + (1-β2) g⊙g, u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε), and then the last three lines.
+Only two of x, y and z are stored: the parameter holds y while training and x while evaluating, the state holds z.
 """
 import functools
 import math
@@ -82,10 +82,10 @@ def _polynomial(A: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
 
 def _symmetric(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """β C + α A B, known to be symmetric, so that a quarter of it need not be computed."""
-    if A.is_cuda:  # there, joining the pieces would cost what they save (counted, not measured)
+    m, h = A.size(-2), A.size(-2) // 2
+    # Joining the pieces costs more than they save if they are small, and on a GPU (counted, not measured) always.
+    if A.is_cuda or m < 256:
         return A @ B if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
-    m = A.size(-2)
-    h = m // 2
     if C is None:
         C = A.new_zeros(()).expand(len(A), m, m)
     top = torch.baddbmm(C[:, :h], A[:, :h], B, beta=beta, alpha=alpha)
@@ -204,10 +204,9 @@ def check_group(group: dict) -> None:
 class ScheduleFree(torch.optim.Optimizer):
     """What schedule-free optimizers share: the parameter holds y while training and x while evaluating, the state z.
 
-    A subclass has step(), made of _begin, _moving and _move_all, and _init_state(p, use_muon) and
-    _matrix_direction(group, params), of matrices of one shape. Its groups have use_muon, train_mode, step, warmup_steps,
-    averaging_power, weight_sum and beta: the β with which y was written last, and which gives x back. It starts at
-    betas[0] and may move from step to step.
+    A subclass has step(), made of _begin and _moving, and _init_state(p, use_muon); one that uses _move_all also has
+    _matrix_direction(group, params), the directions of matrices of one shape. Its groups have use_muon, train_mode, step,
+    warmup_steps, averaging_power, weight_sum and beta: the β with which y was written last, which gives x back. It may move.
     """
 
     def train(self) -> None:
@@ -390,7 +389,7 @@ class SFNorMuon(ScheduleFree):
             for bucket in same_shape(params):
                 lr = self._warmed_up_lr(group)
                 z, D = torch.stack(local(self._states(bucket, "z"))), self._direction(group, bucket, beta2=1.0)
-                before = z + lr * D  # z before the last step, up to the factor 1 - ηλ; D is P̂ with a root mean square of 0.2
+                before = z + lr * D  # z before the last step, up to the factor 1 - ηλ; D is P̂ at an RMS of 0.2
                 zz, bb, DD, bD = (matrix_sum(a * b, bucket[0]).flatten()
                                   for a, b in ((z, z), (before, before), (D, D), (before, D)))
                 rho = (zz / bucket[0].numel()).sqrt()

@@ -344,10 +344,12 @@ def test_follow_draws_a_run_until_it_ends(copy):
     log, deadline = copy / "runs/going/log.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
+    going.send_signal(signal.SIGSTOP)  # until it is drawn
     command, options = python(copy, "experiments/compare.py", "--follow", "runs/going", "runs/ended")
     follow, drawn, svg = subprocess.Popen(command, **options), set(), copy / "runs/going/curve.svg"
     while follow.poll() is None:
         if svg.exists():
+            going.send_signal(signal.SIGCONT)
             drawn.add(svg.read_bytes())
         time.sleep(0.2)
     out, err = follow.communicate()

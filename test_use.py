@@ -235,6 +235,10 @@ def test_export_spares_what_is_there(finished, tmp_path, call):
     call(export_hf.main, finished.folder / "ckpt.pt", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").stat().st_size > 1000
 
+    (tmp_path / "out/.export.new").mkdir()  # of one that was killed
+    (tmp_path / "out/.export.new/x").touch()
+    assert call(export_hf.main, finished.folder, tmp_path / "out")[0] == 0 and not (tmp_path / "out/.export.new").exists()
+
     torch.save({**finished.checkpoint(), "step": 5}, tmp_path / "other.pt")
     before = tree(tmp_path / "out")  # a disk that is full leaves it whole
     command = f"ulimit -f 64; exec {sys.executable} {REPO / 'export_hf.py'} {tmp_path / 'other.pt'} {tmp_path / 'out'}"
@@ -372,6 +376,8 @@ def test_eval_only_elsewhere(finished, cwd, data, tokens):
     saved = finished.checkpoint()
     torch.save({**saved, "model": {k: v * math.nan for k, v in saved["model"].items()}}, cwd / "nan.pt")
     Run(cwd, eval_only=True, init_from="nan.pt").wait(1).complaint("nan.pt", "damaged")
+    torch.save({**saved, "model": {f"_orig_mod.{k}": v for k, v in saved["model"].items()}}, cwd / "other.pt")
+    Run(cwd, eval_only=True, init_from="other.pt").wait(1).complaint("other.pt", "does not hold the model")
     Run(cwd, eval_only=True, n_layer=3, init_from=finished.folder / "ckpt.pt").wait(2).complaint("n_layer", "3")
     (cwd / "other/meta.json").write_text('{"tokenizer": "abacus", "vocab_size": 257}')
     run = Run(cwd, eval_only=True, data_dir="other", init_from=finished.folder / "ckpt.pt").wait(2)

@@ -61,8 +61,7 @@ class Progress:
 
 
 def build_optimizer(cfg: Config, model: GPT):
-    """To add an optimizer: its class, a case here, its name in OPTIMIZERS (in SCHEDULE_FREE if it has train() and eval() and
-    warms up by itself), a config."""
+    """To add an optimizer: its class, a case here, a config, its name in OPTIMIZERS, in SCHEDULE_FREE if it warms up itself."""
     matrices = model.hidden_matrices()
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
@@ -280,7 +279,10 @@ def load_weights(cfg: Config, model: GPT, tokenizer: str) -> dict:
     for key, value in asdict(model.config).items():
         if key != "block_size" and (other := saved["model_config"].get(key)) != value:
             raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {other!r}: give its config", 2)
-    restore(saved, model)
+    try:
+        restore(saved, model)
+    except (KeyError, RuntimeError) as e:
+        raise Failure(f"{cfg.init_from} does not hold the model that it describes: {str(e):.100}")
     return saved
 
 
@@ -411,8 +413,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
     stop = []  # signals that asked for it
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the last one is how Slurm warns
         signal.signal(number, lambda received, frame: stop.append(received))
-    schedule_free = cfg.optimizer in SCHEDULE_FREE
-    if schedule_free:
+    if averages := hasattr(optimizer, "eval"):
         optimizer.train()
     flops, peak = model.flops_per_token(), peak_flops(cfg)
     log = open(Path(cfg.out_dir) / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
@@ -441,7 +442,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
             logged_step, logged_time = now.step, 0.0
         evaluating = now.step % cfg.eval_interval == 0 or last
         saving = now.step % cfg.checkpoint_interval == 0 or last or stopping
-        if schedule_free and (evaluating or saving):
+        if averages and (evaluating or saving):
             optimizer.eval()
         if evaluating:
             val_loss = evaluate(cfg, model, val_data)
@@ -455,7 +456,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
             save_checkpoint(cfg, model, optimizer, tokenizer, now)
         if last or stopping:
             return bar.close()
-        if schedule_free:
+        if averages:
             optimizer.train()
         if now.step == first_step or evaluating:  # here, so that garbage is never collected in the middle of a step
             gc.collect()
@@ -470,11 +471,10 @@ def print_evaluation(cfg: Config, model: GPT, data: TokenBatches, meta: dict) ->
     saved = together(lambda: load_weights(cfg, model, meta["tokenizer"]))
     loss = evaluate(cfg, model, data)
     if not math.isfinite(loss):
-        raise Failure(f"{cfg.init_from}: validation loss {loss}: its weights are damaged, take an earlier copy")
+        raise Failure(f"{cfg.init_from} is damaged, take an earlier copy: its validation loss is {loss}")
     say(f"{cfg.init_from}, step {saved['step']}, on {eval_sequences(cfg, data) * cfg.block_size:,} tokens of {cfg.data_dir}\n"
         f"validation loss  {loss:.6f} nats per token\nperplexity       {math.exp(min(loss, 700)):.6f}")
-    tokenizer = load_tokenizer(meta)
-    if tokenizer and RANK == 0:
+    if RANK == 0 and (tokenizer := load_tokenizer(meta)):
         say(f"bits per byte    {bits_per_byte(cfg, data, tokenizer, loss):.6f}")
 
 

@@ -134,7 +134,7 @@ def read_run(folder: Path) -> Run:
         lines = read_log(folder)
         if not all({"step", "tokens"} <= line.keys() for line in lines):
             raise ValueError("log.jsonl has a line without step and tokens")
-    except (OSError, ValueError, AttributeError) as e:
+    except (OSError, ValueError, AttributeError, TypeError) as e:
         sys.exit(f"compare.py: {folder} is not a run's folder: {e}")
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     return Run(folder.name, config, [e for e in lines if "val_loss" in e], [e for e in lines if "loss" in e])
