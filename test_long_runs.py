@@ -179,7 +179,7 @@ def test_weights_of_another_run(cwd, reference):
     assert_same(run.checkpoint(), reference.checkpoint(), 0.0, ["model"])
     assert run.checkpoint()["step"] == 1
     Run(cwd, init_from=reference.folder / "ckpt.pt", n_layer=3, resume=False).wait(2).complaint("n_layer is 3", "made with 2")
-    Run(cwd, init_from="nowhere.pt", resume=False).wait(2).complaint("init_from", "nowhere.pt")
+    Run(cwd, init_from="nowhere.pt", resume=False).wait(2).complaint("nowhere.pt", "no such checkpoint")
 
 
 # ---- size

@@ -257,7 +257,7 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
         return None
     try:
         saved = load(path)
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         raise Failure(f"{e}: put a copy in its place, or start anew with --resume=False")
     before = {**saved["config"], **saved["model_config"]}
     for key, value in {**asdict(cfg), **asdict(model.config)}.items():
