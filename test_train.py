@@ -332,6 +332,14 @@ def test_generate(small):
     assert all({*row.tolist()} == {*allowed.tolist()} for row, allowed in zip(draws, top))
 
 
+@pytest.mark.parametrize("config", sorted(REPO.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_every_config_builds_its_optimizer(config):
+    cfg = train.parse([str(config), "--device=cpu", "--n_layer=1"])
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(64, cfg.block_size, 1, cfg.n_head, cfg.n_embd))
+    assert cfg.max_tokens and [group["lr"] for group in train.build_optimizer(cfg, gpt).param_groups]
+
+
 @pytest.mark.parametrize("config, count", [("125m_sf", 123_587_328), ("772m_sf", 772_271_360)])
 def test_sizes(config, count):
     cfg = train.parse([str(REPO / f"configs/{config}.py"), "--device=cpu"])

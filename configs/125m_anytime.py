@@ -1,7 +1,7 @@
 # The frontier's configuration (experiments/results/frontier.md), which at 0.07M parameters is level with NorMuon under a
 # schedule tuned for the length, at 125M, where it has not been run. The rate is a guess, a quarter of the paper's, as at
-# 0.07M (an eighth at 0.2M): sweep it. The warm-up, from which beta_power counts, is a seventh of 1x, as there. Nothing depends on max_tokens.
-max_tokens.
+# 0.07M (an eighth at 0.2M): sweep it. The warm-up, from which beta_power counts, is a seventh of 1x, as there. Nothing
+# depends on max_tokens.
 max_tokens = 20e9  # 8x, where 1x is 20 tokens per parameter
 lr = 0.002
 warmup_steps = 700
