@@ -115,9 +115,9 @@ def test_sample(finished, call):
     assert call(sample.main, ckpt, f"--prompt=FILE:{folder.parent / 'start.txt'}", "--tokens=30")[1] == out
     three = call(sample.main, ckpt, "--samples=3", "--tokens=20")[1].split("\n---------------\n")
     assert len(three) == 3 and len({*three}) > 1
-    greedy = [call(sample.main, ckpt, "--tokens=20", flag)[1] for flag in ("--temperature=0", "--top_k=1", "--top_p=1e-6", "--temperature=1e-45",
-                                                                         "--temperature=1e-320")]
-    assert greedy[0] == greedy[1] == greedy[2]
+    flags = ("--temperature=0", "--temperature=1e-45", "--temperature=1e-320", "--top_k=1", "--top_p=1e-6")
+    greedy = [call(sample.main, ckpt, "--tokens=20", flag)[1] for flag in flags]
+    assert len(greedy[0]) > 10 and len({*greedy}) == 1
 
 
 def test_tokenizer_of_a_checkpoint(finished, tmp_path, monkeypatch):
