@@ -80,10 +80,16 @@ def load(path: Path) -> dict:
 
 
 def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
-    """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective."""
-    model.load_state_dict({name: like(saved["model"][name], p) for name, p in model.state_dict().items()})
-    if optimizer is not None:
-        restore_optimizer(saved["optimizer"], optimizer)
+    """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective.
+
+    Raises ValueError if its tensors are not those of the model or of the optimizer.
+    """
+    try:
+        model.load_state_dict({name: like(saved["model"][name], p) for name, p in model.state_dict().items()})
+        if optimizer is not None:
+            restore_optimizer(saved["optimizer"], optimizer)
+    except (KeyError, IndexError, RuntimeError) as e:
+        raise ValueError(f"does not hold the model that it describes: {str(e):.100}") from None
 
 
 def restore_optimizer(saved: dict, optimizer) -> None:

@@ -854,13 +854,16 @@ def test_two_runs_in_one_folder(background):
     assert first.checkpoint()["step"] == step and list(first.values("loss")) == list(range(1, step + 1))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "other", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "other", "names", "folder"])
 def test_damaged_checkpoint(cwd, reference, damage):
     """One line, and nothing is touched; --resume=False goes over it."""
     (cwd / "run").mkdir()
     path, whole = cwd / "run/ckpt.pt", (reference.folder / "ckpt.pt").read_bytes()
     if damage == "other":
         torch.save({"model": {}, "config": 3, "optimizer": {}, "step": 1, "train_time_s": 1.0}, path)
+    elif damage == "names":
+        saved = reference.checkpoint()
+        torch.save({**saved, "model": {f"_orig_mod.{name}": value for name, value in saved["model"].items()}}, path)
     elif damage == "folder":
         path.mkdir()
     else:

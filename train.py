@@ -252,13 +252,14 @@ def bits_per_byte(cfg: Config, data: TokenBatches, tokenizer, loss: float) -> fl
 
 # ---- the run's folder
 
-def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
+def load_checkpoint(cfg: Config, path: Path, model: GPT, optimizer) -> dict | None:
     if not cfg.resume or not path.exists():
         return None
+    way_out = "put a copy in its place, or start anew with --resume=False"
     try:
         saved = load(path)
     except (OSError, ValueError) as e:
-        raise Failure(f"{e}: put a copy in its place, or start anew with --resume=False")
+        raise Failure(f"{e}: {way_out}")
     before = {**saved["config"], **saved["model_config"]}
     for key, value in {**asdict(cfg), **asdict(model.config)}.items():
         if key in MAY_CHANGE or before.get(key, value) == value or key == "data_dir" and cfg.change_data:
@@ -266,6 +267,10 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT) -> dict | None:
         other = "go on with it with --change_data=True, " if key == "data_dir" else ""
         raise Failure(f"{key} is {value!r}, but {path} was made with {before[key]!r}: go on with that, {other}or start anew "
                       "with --resume=False or in another --out_dir", 2)
+    try:
+        restore(saved, model, optimizer)
+    except ValueError as e:
+        raise Failure(f"{path} {e}: {way_out}")
     return saved
 
 
@@ -281,18 +286,17 @@ def load_weights(cfg: Config, model: GPT, tokenizer: str) -> dict:
             raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {other!r}: give its config", 2)
     try:
         restore(saved, model)
-    except (KeyError, RuntimeError) as e:
-        raise Failure(f"{cfg.init_from} does not hold the model that it describes: {str(e):.100}")
+    except ValueError as e:
+        raise Failure(f"{cfg.init_from} {e}")
     return saved
 
 
 def resume(cfg: Config, model: GPT, optimizer, tokenizer: str) -> Progress:
     """Puts the model and the optimizer where the checkpoint left them, or the model where init_from did."""
     ckpt = Path(cfg.out_dir) / "ckpt.pt"
-    saved = together(lambda: load_checkpoint(cfg, ckpt, model))
+    saved = together(lambda: load_checkpoint(cfg, ckpt, model, optimizer))
     same_everywhere(f"the step of {ckpt}, which all nodes must share,", saved and saved["step"])
     if saved:
-        restore(saved, model, optimizer)
         changed = saved["config"]["data_dir"] != cfg.data_dir
         return Progress(saved["step"], saved["train_time_s"], saved["step"] if changed else saved.get("data_step", 0))
     if cfg.init_from:

@@ -1,4 +1,4 @@
-"""The frontier on a corpus that its tuning never saw: experiments/dictionary_text.py says how to get it. NorMuon's rate is
+"""The frontier on a corpus that its tuning never saw: experiments/corpora.py says how to get it. NorMuon's rate is
 tuned here for every length; the anytime configuration and the paper's method stay as they are.
 """
 import runpy

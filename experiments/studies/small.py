@@ -1,4 +1,4 @@
-"""The comparison at 0.07M parameters, on the bytes of the Linux kernel's C files (experiments/linux_text.py says how to
+"""The comparison at 0.07M parameters, on the bytes of the Linux kernel's C files (experiments/corpora.py says how to
 get them): every optimizer's rate tuned with the same grid, on a seed that is not reported. Some hours on two CPU cores.
 """
 base = dict(

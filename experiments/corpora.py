@@ -1,0 +1,48 @@
+"""The corpora of the studies, from packages that are on every mirror of Debian, as files for prepare_fineweb.py:
+
+    mkdir -p data && cd data && apt-get download linux-source-6.1 dict-gcide && for f in *.deb; do dpkg-deb -x $f .; done; cd ..
+    python experiments/corpora.py data/usr/src/linux-source-6.1.tar.xz data/linux.jsonl       the kernel's C files
+    python experiments/corpora.py data/usr/share/dictd/gcide.dict.dz data/english.jsonl       Webster's dictionary
+    python prepare_fineweb.py --files data/linux.jsonl --tokenizer byte --out data/linux
+
+Any linux-6.1.*.tar.xz of kernel.org does as well. One document a file of the kernel or an entry of the Collaborative
+International Dictionary of English (Webster's of 1913, grown since; 40 MB), in an order that mixes them.
+"""
+import gzip
+import hashlib
+import json
+import re
+import sys
+import tarfile
+
+DIRECTORIES = ("block", "crypto", "fs", "init", "ipc", "kernel", "lib", "mm", "net", "security")  # no drivers: they repeat
+
+
+def kernel(path: str) -> list[tuple[str, str]]:
+    """(its path in the tree, text) of each file."""
+    files = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name = member.name.split("/", 1)[-1]  # without linux-6.1/
+            if member.isfile() and name.endswith(".c") and name.split("/")[0] in DIRECTORIES:
+                files.append((name, tar.extractfile(member).read().decode("latin-1")))
+    return files
+
+
+def dictionary(path: str) -> list[tuple[str, str]]:
+    """(entry, entry) of each."""
+    with gzip.open(path, "rt", encoding="latin-1") as text:
+        entries = (entry.strip() for entry in re.split(r"\n\n(?=\S)", text.read()))  # a headword begins at the margin
+    return [(entry, entry) for entry in entries]
+
+
+if len(sys.argv) != 3:
+    sys.exit(f"usage: {sys.argv[0]} linux.tar.xz|gcide.dict.dz out.jsonl")
+try:
+    documents = (dictionary if sys.argv[1].endswith(".dz") else kernel)(sys.argv[1])
+    documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    with open(sys.argv[2], "w") as out:
+        out.writelines(json.dumps({"text": text}) + "\n" for _, text in documents)
+except (OSError, EOFError, tarfile.TarError) as e:
+    sys.exit(f"{sys.argv[0]}: {sys.argv[1]}: {e}")
+print(f"{len(documents)} documents, {sum(len(text) for _, text in documents) / 1e6:.1f} MB")
