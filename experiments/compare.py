@@ -379,6 +379,9 @@ def main() -> None:
     if args.follow:
         if args.target is not None or args.out or args.readme or args.check:
             refuse("--follow draws <first run>/curve.svg and takes no other flag")
+        for path in args.paths:
+            if not (Path(path) / "log.jsonl").exists():
+                refuse(f"{path} has no log.jsonl: --follow wants the folders of runs")
         with contextlib.suppress(KeyboardInterrupt):
             return figures.follow(list(map(Path, args.paths)), read_run)
     study = Path(args.paths[0]) if len(args.paths) == 1 and (Path(args.paths[0]) / "runs").is_dir() else None

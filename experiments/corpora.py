@@ -44,5 +44,5 @@ try:
     with open(sys.argv[2], "w") as out:
         out.writelines(json.dumps({"text": text}) + "\n" for _, text in documents)
 except (OSError, EOFError, tarfile.TarError) as e:
-    sys.exit(f"{sys.argv[0]}: {sys.argv[1]}: {e}")
+    sys.exit(" ".join(f"{sys.argv[0]}: {sys.argv[1]}: {e}".split()))
 print(f"{len(documents)} documents, {sum(len(text) for _, text in documents) / 1e6:.1f} MB")

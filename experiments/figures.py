@@ -234,10 +234,6 @@ STATUS = {"step": "step {:,}", "tokens": "{:,} tokens", "loss": "loss at y {:.4f
 
 def follow(folders: list[Path], read) -> None:
     """Draws runs again as their logs grow, until all have got to their end or Ctrl-C. read(folder) gives a run."""
-    for folder in folders:
-        if not (folder / "log.jsonl").exists():
-            print(f"compare.py: {folder} has no log.jsonl: --follow wants the folders of runs", file=sys.stderr)
-            sys.exit(2)
     print(f"the curve is in {folders[0] / 'curve.svg'}; Ctrl-C ends this command only", flush=True)
     lines = [tqdm(bar_format="{desc}", position=i, dynamic_ncols=True) for i in range(len(folders))]
     runs, sizes = [], []
