@@ -55,7 +55,7 @@ def _iterate(X: Tensor, steps: int) -> Tensor:  # (B, m, n)
         X = X.mT.contiguous()
     tiny = torch.finfo(X.dtype).tiny
     # The largest entry first, because the squares of small or large gradients leave the range of the dtype.
-    X = X / torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True).clamp(min=tiny)
+    X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
     X /= torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=tiny)
     if 2 * X.size(-2) <= X.size(-1):
         # The same in m x m (Gram Newton-Schulz). Rounding errors of A grow twelvefold in a step: begin anew after three.
@@ -107,11 +107,12 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def same_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters in groups that can be stacked."""
+    """The parameters in groups that can be stacked; large ones on a CPU alone, since one stays in its cache."""
     groups = {}
     for p in params:
         sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-        groups.setdefault((p.shape, p.dtype, p.device, sharding), []).append(p)
+        alone = id(p) if p.device.type == "cpu" and not sharding and p.numel() > 2**18 else None
+        groups.setdefault((p.shape, p.dtype, p.device, sharding, alone), []).append(p)
     return list(groups.values())
 
 
@@ -242,10 +243,8 @@ class ScheduleFree(torch.optim.Optimizer):
         """What step() starts with: returns the closure's loss, or None."""
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError("step() in eval mode: call .train() before the forward pass of a training step")
-        if closure is None:
-            return None
         with torch.enable_grad():
-            return closure()
+            return closure and closure()
 
     def _moving(self):
         """Each group that a step moves, with its parameters that have a gradient, their state made."""
