@@ -375,6 +375,21 @@ def test_algorithm_1_in_float32():
     run_both(FAST, dtype=F32, tol=12 * (4 * 6e-8 + 0.02 * 485 * 6e-8))
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (512, 640)], ids=str)
+def test_matrices_of_one_shape_move_as_they_would_alone(shape):
+    """Small ones are stacked, large ones on a CPU are not."""
+    weights, grads = draw([shape] * 3, 2)
+
+    def after(chosen):
+        params = [nn.Parameter(weights[i].clone()) for i in chosen]
+        opt = SFNorMuon(params, ns_dtype=F64)
+        for gs in grads:
+            step(opt, params, [gs[i] for i in chosen])
+        return params
+
+    close(after([0, 1, 2]), [after([i])[0] for i in range(3)], 1e-6)
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 6])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_sf_adamw_is_the_released_one(warmup_steps, weight_decay):
