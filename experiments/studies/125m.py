@@ -23,7 +23,7 @@ anytime = runpy.run_path(str(Path(__file__).with_name("frontier.py")))["anytime"
 optimizers = {
     "adamw_cosine": dict(adamw, schedule="cosine"),
     "sf_normuon": sf_normuon,
-    "anytime": dict(anytime, warmup_steps=700, lr=[0.001, 0.002, 0.004]),
+    "anytime": dict(anytime, warmup_steps=700, weight_decay=0.1, adam_weight_decay=0.1, lr=[0.001, 0.002, 0.004]),
     "sf_adamw": dict(optimizer="sf_adamw", betas=(0.95, 0.99), lr=[0.0015, 0.003, 0.006]),
     "normuon_cosine": dict(normuon, schedule="cosine"),
 }

@@ -10,19 +10,21 @@ base = dict(base, compile=True)  # faster on a CPU too
 horizons = 1, 2, 4, 8
 
 paper = dict(optimizer="sf_normuon", lr=0.128)  # the rate that the small study chose
-anytime = dict(optimizer="sf_normuon", lr=0.032, decay_at="y", weight_decay=0.03, adam_weight_decay=0.03,
-               betas=(0.4, 0.95), adam_betas=(0.4, 0.99), momentum=0.9, averaging_power=2.0, beta_power=0.5)
+first = dict(optimizer="sf_normuon", lr=0.032, decay_at="y", weight_decay=0.03, adam_weight_decay=0.03,
+             betas=(0.4, 0.95), adam_betas=(0.4, 0.99), momentum=0.9, averaging_power=2.0, beta_power=0.5)  # tuned at this size
+anytime = dict(first, beta_power=0.3)  # after a look at 0.2M parameters
 step = dict(horizons=(1, 2, 4), seeds=(0,))  # carries no claim
 
 optimizers = {
     "normuon_linear": dict(small["normuon"], schedule="linear", lr=[0.016, 0.032, 0.064]),
     "anytime": anytime,
+    "first": first,
     "paper": paper,
     "paper_decay_at_y": dict(paper, decay_at="y", **step),
-    "anytime_decay_at_z": dict(anytime, decay_at="z", **step),
-    "anytime_average_uniform": dict(anytime, averaging_power=0.0, **step),
-    "anytime_beta_constant": dict(anytime, beta_power=0.0, **step),
-    "anytime_beta_paper": dict(anytime, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), **step),
-    "anytime_momentum_0.8": dict(anytime, momentum=0.8, **step),
-    "anytime_weight_decay_0.05": dict(anytime, weight_decay=0.05, adam_weight_decay=0.05, **step),
+    "first_decay_at_z": dict(first, decay_at="z", **step),
+    "first_average_uniform": dict(first, averaging_power=0.0, **step),
+    "first_beta_constant": dict(first, beta_power=0.0, **step),
+    "first_beta_paper": dict(first, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), **step),
+    "first_momentum_0.8": dict(first, momentum=0.8, **step),
+    "first_weight_decay_0.05": dict(first, weight_decay=0.05, adam_weight_decay=0.05, **step),
 }
