@@ -82,14 +82,14 @@ def load(path: Path) -> dict:
 def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
     """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective.
 
-    Raises ValueError if its tensors are not those of the model or of the optimizer.
+    Raises ValueError if it is of another model or of other parameter groups.
     """
-    try:
-        model.load_state_dict({name: like(saved["model"][name], p) for name, p in model.state_dict().items()})
-        if optimizer is not None:
-            restore_optimizer(saved["optimizer"], optimizer)
-    except (KeyError, IndexError, RuntimeError) as e:
-        raise ValueError(f"does not hold the model that it describes: {str(e):.100}") from None
+    weights = model.state_dict()
+    if {name: t.shape for name, t in saved["model"].items()} != {name: p.shape for name, p in weights.items()}:
+        raise ValueError("does not hold the model that it describes")
+    model.load_state_dict({name: like(saved["model"][name], p) for name, p in weights.items()})
+    if optimizer is not None:
+        restore_optimizer(saved["optimizer"], optimizer)
 
 
 def restore_optimizer(saved: dict, optimizer) -> None:

@@ -107,7 +107,7 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def same_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters in groups that can be stacked; large ones on a CPU alone, since one stays in its cache."""
+    """The parameters in groups that can be stacked; on a CPU a large one is by itself, as it then stays in the cache."""
     groups = {}
     for p in params:
         sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None

@@ -854,7 +854,7 @@ def test_two_runs_in_one_folder(background):
     assert first.checkpoint()["step"] == step and list(first.values("loss")) == list(range(1, step + 1))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "other", "names", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "other", "names", "groups", "folder"])
 def test_damaged_checkpoint(cwd, reference, damage):
     """One line, and nothing is touched; --resume=False goes over it."""
     (cwd / "run").mkdir()
@@ -864,6 +864,10 @@ def test_damaged_checkpoint(cwd, reference, damage):
     elif damage == "names":
         saved = reference.checkpoint()
         torch.save({**saved, "model": {f"_orig_mod.{name}": value for name, value in saved["model"].items()}}, path)
+    elif damage == "groups":
+        saved = reference.checkpoint()
+        groups = saved["optimizer"]["param_groups"][:1]
+        torch.save({**saved, "optimizer": {**saved["optimizer"], "param_groups": groups}}, path)
     elif damage == "folder":
         path.mkdir()
     else:

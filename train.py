@@ -270,7 +270,7 @@ def load_checkpoint(cfg: Config, path: Path, model: GPT, optimizer) -> dict | No
     try:
         restore(saved, model, optimizer)
     except ValueError as e:
-        raise Failure(f"{path} {e}: {way_out}")
+        raise Failure(f"{path}: {e}: {way_out}")
     return saved
 
 
@@ -287,7 +287,7 @@ def load_weights(cfg: Config, model: GPT, tokenizer: str) -> dict:
     try:
         restore(saved, model)
     except ValueError as e:
-        raise Failure(f"{cfg.init_from} {e}")
+        raise Failure(f"{cfg.init_from}: {e}")
     return saved
 
 

@@ -1,6 +1,7 @@
 """The corpora of the studies, from packages that are on every mirror of Debian, as files for prepare_fineweb.py:
 
-    mkdir -p data && cd data && apt-get download linux-source-6.1 dict-gcide && for f in *.deb; do dpkg-deb -x $f .; done; cd ..
+    (mkdir -p data && cd data && apt-get download linux-source-6.1 && dpkg-deb -x linux-source-6.1_*.deb .)
+    (mkdir -p data && cd data && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .)
     python experiments/corpora.py data/usr/src/linux-source-6.1.tar.xz data/linux.jsonl       the kernel's C files
     python experiments/corpora.py data/usr/share/dictd/gcide.dict.dz data/english.jsonl       Webster's dictionary
     python prepare_fineweb.py --files data/linux.jsonl --tokenizer byte --out data/linux
@@ -11,9 +12,11 @@ International Dictionary of English (Webster's of 1913, grown since; 40 MB), in 
 import gzip
 import hashlib
 import json
+import lzma
 import re
 import sys
 import tarfile
+import zlib
 
 DIRECTORIES = ("block", "crypto", "fs", "init", "ipc", "kernel", "lib", "mm", "net", "security")  # no drivers: they repeat
 
@@ -30,7 +33,7 @@ def kernel(path: str) -> list[tuple[str, str]]:
 
 
 def dictionary(path: str) -> list[tuple[str, str]]:
-    """(entry, entry) of each."""
+    """The same of each entry, whose order its own text decides."""
     with gzip.open(path, "rt", encoding="latin-1") as text:
         entries = (entry.strip() for entry in re.split(r"\n\n(?=\S)", text.read()))  # a headword begins at the margin
     return [(entry, entry) for entry in entries]
@@ -40,9 +43,12 @@ if len(sys.argv) != 3:
     sys.exit(f"usage: {sys.argv[0]} linux.tar.xz|gcide.dict.dz out.jsonl")
 try:
     documents = (dictionary if sys.argv[1].endswith(".dz") else kernel)(sys.argv[1])
-    documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
+except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as e:
+    sys.exit(" ".join(f"{sys.argv[0]}: {sys.argv[1]}: {e}".split()))
+documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
+try:
     with open(sys.argv[2], "w") as out:
         out.writelines(json.dumps({"text": text}) + "\n" for _, text in documents)
-except (OSError, EOFError, tarfile.TarError) as e:
-    sys.exit(" ".join(f"{sys.argv[0]}: {sys.argv[1]}: {e}".split()))
+except OSError as e:
+    sys.exit(f"{sys.argv[0]}: {e}")
 print(f"{len(documents)} documents, {sum(len(text) for _, text in documents) / 1e6:.1f} MB")
