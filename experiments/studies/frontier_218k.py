@@ -1,6 +1,6 @@
-"""The frontier at a model size and a batch that its tuning never saw: three times the parameters, twice the tokens a step.
-NorMuon's rate is tuned here for every length, the first configuration's once for all of them; the paper's method stays.
-The anytime configuration's beta_power and decay were chosen here too, on the tuning seed.
+"""The frontier at a model size and a batch that the first configuration's tuning never saw: three times the parameters, twice the
+tokens a step. NorMuon's rate is tuned here for every length, that of `first` once for all of them; the paper's method stays.
+beta_power and decay of `anytime` were chosen here, on the tuning seed.
 """
 import runpy
 from pathlib import Path

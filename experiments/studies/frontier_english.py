@@ -8,4 +8,5 @@ frontier = runpy.run_path(str(Path(__file__).with_name("frontier.py")))
 base = dict(frontier["base"], data_dir="data/english")
 tokens, horizons, seeds, tuning_seeds = frontier["tokens"], frontier["horizons"], (0, 1, 2), frontier["tuning_seeds"]
 optimizers = {name: frontier["optimizers"][name] for name in ("normuon_linear", "anytime", "first", "paper")}
-optimizers["first"] = dict(optimizers["first"], seeds=(0, 1))
+for name in "first", "paper":
+    optimizers[name] = dict(optimizers[name], seeds=(0, 1))
