@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at the same time while the loss is computed
+CACHED_LOGITS = 2**20  # how many of them a CPU takes from the first to the last operation on them, while they are in its cache
 
 
 @dataclass
@@ -186,13 +187,15 @@ class MeanCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cross_entropy, grad):
         losses, dx, dW = [], torch.empty_like(x) if grad else None, None
         count = (targets >= 0).sum().clamp(min=1)
+        at_once = max(1, CACHED_LOGITS // weight.size(0)) if x.device.type == "cpu" else LOSS_CHUNK
         for first in range(0, x.size(0), LOSS_CHUNK):
             rows = slice(first, first + LOSS_CHUNK)
-            loss, dlogits = cross_entropy(F.linear(x[rows], weight), targets[rows], count, grad)
-            losses.append(loss)
-            if grad:
-                dx[rows] = dlogits @ weight
-                part = dlogits.mT @ x[rows]
+            logits = F.linear(x[rows], weight)
+            for part in zip(logits.split(at_once), targets[rows].split(at_once)):
+                losses.append(cross_entropy(*part, count, grad))
+            if grad:  # the logits are now their gradient
+                dx[rows] = logits @ weight
+                part = logits.mT @ x[rows]
                 dW = part.to(weight.dtype) if dW is None else dW.add_(part)
         ctx.save_for_backward(dx, dW)
         return torch.stack(losses).sum()
@@ -203,12 +206,14 @@ class MeanCrossEntropy(torch.autograd.Function):
         return dx.mul_(dloss), dW.mul_(dloss), None, None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The sum of the losses divided by `count`, and its gradient with respect to the logits (N, vocab_size), in their dtype."""
+def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor, grad: bool) -> Tensor:
+    """The sum of the losses divided by `count`. With grad, the logits (N, vocab_size) are overwritten by its gradient."""
     valid, targets = targets >= 0, targets.clamp(min=0)[:, None]
     logp = logits.float().log_softmax(-1)
-    loss = -(logp.gather(-1, targets)[:, 0] * valid).sum() / count
-    if not grad:
-        return loss, None
-    dlogits = logp.exp_().scatter_add_(-1, targets, logp.new_full(targets.shape, -1.0)).mul_((valid / count)[:, None])
-    return loss, dlogits.to(logits.dtype)
+    logp_target = logp.gather(-1, targets)
+    loss = -(logp_target[:, 0] * valid).sum() / count
+    if grad:
+        weight = (valid / count)[:, None]
+        logits.copy_(logp.exp_().mul_(weight))
+        logits.scatter_(-1, targets, (logp_target.expm1() * weight).to(logits.dtype))  # p - 1 there
+    return loss

@@ -299,8 +299,9 @@ def test_loss(small, monkeypatch):
     targets[1, 7:] = -1
     expected = F.cross_entropy(small(idx).double().flatten(0, 1), targets.flatten(), ignore_index=-1)
     grads = torch.autograd.grad(expected, list(small.parameters()))
-    for chunk in (4096, 50, 1):
+    for chunk, cached in ((4096, 2**20), (4096, 7 * 96), (50, 7 * 96), (1, 1)):
         monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(model_module, "CACHED_LOGITS", cached)
         loss = small(idx, targets)
         assert loss.dtype == torch.float32 and abs(loss.item() - expected.item()) < 1e-6
         for g, h in zip(torch.autograd.grad(loss, list(small.parameters())), grads):
