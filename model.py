@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at the same time while the loss is computed
-CACHED_LOGITS = 2**20  # how many of them a CPU takes from the first to the last operation on them, while they are in its cache
+CACHED_LOGITS = 2**20  # how many of them a CPU takes through all operations at a time, so that they stay in its cache
 
 
 @dataclass
@@ -31,6 +31,12 @@ class KVCache:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.blocks[block], (k, v)))
         self.blocks[block] = k, v
         return k, v
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        # Sharded, the gain comes in bfloat16, with which torch has no fused kernel for a float32 x.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -62,9 +68,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.attn_norm = RMSNorm(config.n_embd, eps=1e-5)
         self.attn = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp_norm = RMSNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -99,7 +105,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm = RMSNorm(config.n_embd, eps=1e-5)
         self.cross_entropy = cross_entropy  # train.py may compile it, as it does the blocks
         for name, p in self.named_parameters():
             if p.ndim == 2:  # as GPT-2: what adds to the residual stream starts smaller, the more layers there are
