@@ -24,7 +24,7 @@ class Config:
     seed: int = 0  # of the initial weights and of the order of the batches
     device: str = DEVICES[0]  # cuda, mps or cpu: the first that is there
     dtype: str = ""  # of the products: float32 or bfloat16 (weights stay float32); "": bfloat16 on cuda, else float32
-    compile: bool = torch.cuda.is_available()  # torch.compile each block
+    compile: bool = torch.cuda.is_available()  # torch.compile each block and the loss; Newton-Schulz always is, on CUDA
     activation_checkpointing: bool = False  # compute each block again in the backward pass: slower, far less memory
     shard_size: int = 0  # processes that share one copy of the model, such as those of one node; 0: all of them
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False: start anew

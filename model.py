@@ -62,7 +62,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        h = F.relu(self.up(x))
+        return self.down(h * h)  # autocast on CUDA would make a float32 tensor of h.square()
 
 
 class Block(nn.Module):
@@ -192,13 +193,17 @@ class MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, cross_entropy, grad):
         losses, dx, dW = [], torch.empty_like(x) if grad else None, None
-        count = (targets >= 0).sum().clamp(min=1)
+        valid, targets = targets >= 0, targets.clamp(min=0)[:, None]
+        in_mean = (valid / valid.sum().clamp(min=1))[:, None]  # the weight of each loss
         at_once = max(1, CACHED_LOGITS // weight.size(0)) if x.device.type == "cpu" else LOSS_CHUNK
         for first in range(0, x.size(0), LOSS_CHUNK):
             rows = slice(first, first + LOSS_CHUNK)
             logits = F.linear(x[rows], weight)
-            for part in zip(logits.split(at_once), targets[rows].split(at_once)):
-                losses.append(cross_entropy(*part, count, grad))
+            for part, target, w in zip(*(t.split(at_once) for t in (logits, targets[rows], in_mean[rows]))):
+                loss, dtarget = cross_entropy(part, target, w, grad)
+                losses.append(loss)
+                if grad:  # here, since the compiler would make a copy of the logits for it
+                    part.scatter_(-1, target, dtarget)
             if grad:  # the logits are now their gradient
                 dx[rows] = logits @ weight
                 part = logits.mT @ x[rows]
@@ -212,14 +217,13 @@ class MeanCrossEntropy(torch.autograd.Function):
         return dx.mul_(dloss), dW.mul_(dloss), None, None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, count: Tensor, grad: bool) -> Tensor:
-    """The sum of the losses divided by `count`. With grad, the logits (N, vocab_size) are overwritten by its gradient."""
-    valid, targets = targets >= 0, targets.clamp(min=0)[:, None]
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the losses (N,) times weights (N, 1), a float32 scalar. With grad, its gradient overwrites the logits
+    (N, vocab_size), but for those of the targets (N, 1), whose gradient is returned."""
     logp = logits.float().log_softmax(-1)
     logp_target = logp.gather(-1, targets)
-    loss = -(logp_target[:, 0] * valid).sum() / count
-    if grad:
-        weight = (valid / count)[:, None]
-        logits.copy_(logp.exp_().mul_(weight))
-        logits.scatter_(-1, targets, (logp_target.expm1() * weight).to(logits.dtype))  # p - 1 there
-    return loss
+    loss = -(logp_target * weights).sum()
+    if not grad:
+        return loss, None
+    logits.copy_(logp.exp_().mul_(weights))
+    return loss, (logp_target.expm1() * weights).to(logits.dtype)

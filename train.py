@@ -171,7 +171,7 @@ def get_batch(cfg: Config, data: TokenBatches, positions: range) -> tuple[torch.
         batch = data.get(positions)
     except (OSError, ValueError) as e:
         raise Failure(e, local=True)
-    if torch.device(cfg.device).type == "cuda":  # pinned memory, so that the copy runs beside the computation
+    if torch.device(cfg.device).type == "cuda":  # pinned memory, so that this process need not wait for the copy
         return tuple(t.pin_memory().to(cfg.device, non_blocking=True) for t in batch)
     return tuple(t.to(cfg.device) for t in batch)
 
