@@ -194,20 +194,20 @@ class MeanCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cross_entropy, grad):
         losses, dx, dW = [], torch.empty_like(x) if grad else None, None
         valid, targets = targets >= 0, targets.clamp(min=0)[:, None]
-        in_mean = (valid / valid.sum().clamp(min=1))[:, None]  # the weight of each loss
+        shares = (valid / valid.sum().clamp(min=1))[:, None]  # of each loss in the mean
         at_once = max(1, CACHED_LOGITS // weight.size(0)) if x.device.type == "cpu" else LOSS_CHUNK
         for first in range(0, x.size(0), LOSS_CHUNK):
             rows = slice(first, first + LOSS_CHUNK)
             logits = F.linear(x[rows], weight)
-            for part, target, w in zip(*(t.split(at_once) for t in (logits, targets[rows], in_mean[rows]))):
-                loss, dtarget = cross_entropy(part, target, w, grad)
+            for part, target, share in zip(*(t.split(at_once) for t in (logits, targets[rows], shares[rows]))):
+                loss, dtarget = cross_entropy(part, target, share, grad)
                 losses.append(loss)
                 if grad:  # here, since the compiler would make a copy of the logits for it
                     part.scatter_(-1, target, dtarget)
             if grad:  # the logits are now their gradient
                 dx[rows] = logits @ weight
-                part = logits.mT @ x[rows]
-                dW = part.to(weight.dtype) if dW is None else dW.add_(part)
+                product = logits.mT @ x[rows]
+                dW = product.to(weight.dtype) if dW is None else dW.add_(product)
         ctx.save_for_backward(dx, dW)
         return torch.stack(losses).sum()
 
@@ -217,13 +217,13 @@ class MeanCrossEntropy(torch.autograd.Function):
         return dx.mul_(dloss), dW.mul_(dloss), None, None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The sum of the losses (N,) times weights (N, 1), a float32 scalar. With grad, its gradient overwrites the logits
+def cross_entropy(logits: Tensor, targets: Tensor, shares: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the losses times their shares (N, 1), a float32 scalar. With grad, its gradient overwrites the logits
     (N, vocab_size), but for those of the targets (N, 1), whose gradient is returned."""
     logp = logits.float().log_softmax(-1)
     logp_target = logp.gather(-1, targets)
-    loss = -(logp_target * weights).sum()
+    loss = -(logp_target * shares).sum()
     if not grad:
         return loss, None
-    logits.copy_(logp.exp_().mul_(weights))
-    return loss, (logp_target.expm1() * weights).to(logits.dtype)
+    logits.copy_(logp.exp_().mul_(shares))
+    return loss, (logp_target.expm1() * shares).to(logits.dtype)
