@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from processes import LOCAL_RANK, WORLD_SIZE, Failure
+from distributed import LOCAL_RANK, WORLD_SIZE, Failure
 
 SCHEDULE_FREE = ("sf_normuon", "sf_adamw", "amuse", "schedulefree_plus")
 OPTIMIZERS = (*SCHEDULE_FREE, "adamw", "normuon", "muon")

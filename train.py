@@ -42,7 +42,7 @@ from config import MAY_CHANGE, SCHEDULE_FREE, Config, parse
 from data import TokenBatches, read_meta, write_atomically
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
-from processes import (RANK, WORLD_SIZE, Failure, gather, on_first_process, run, same_everywhere, say, stop_with_parent,
+from distributed import (RANK, WORLD_SIZE, Failure, gather, on_first_process, run, same_everywhere, say, stop_with_parent,
                        together)
 from sf_normuon import SFNorMuon, local
 

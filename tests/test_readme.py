@@ -23,9 +23,9 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import config
-from processes import Failure
+from distributed import Failure
 
-REPO = Path(__file__).resolve().parent
+REPO = Path(__file__).resolve().parents[1]
 HOW_TO_MARK = ("if it wants what a test has not, put <!-- not run: why --> on the line before its block, or "
                "<!-- not run (part of the line): why --> if the other lines of the block can be run")
 BLOCK = re.compile(r"(?:^ *<!-- not run(?: \(([^\n]+?)\))?: [^\n]+ -->\n)?^ *(```+|~~~+) *(\w*)[^\n]*\n(.*?)^ *\2 *$",

@@ -20,7 +20,7 @@ import torch
 from data import TokenBatches, read_meta, read_shard, write_shard
 from prepare_fineweb import get_tokenizer
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIKITEXT = os.path.join(HERE, "..", "shared", "data", "wikitext2.parquet")
 TIKTOKEN = os.path.join(HERE, "..", "shared", "tiktoken_cache")
 needs_gpt2 = pytest.mark.skipif(not os.path.isdir(TIKTOKEN), reason="GPT-2's vocabulary is not in ../shared")

@@ -16,7 +16,7 @@ import pytest
 
 from data import write_shard
 
-REPO = Path(__file__).resolve().parent
+REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "experiments"))
 compare, sweep = importlib.import_module("compare"), importlib.import_module("sweep")
 

@@ -17,10 +17,8 @@ import checkpoint
 import train
 from data import HEADER_BYTES, MAGIC, VERSION, TokenBatches, write_shard
 from model import GPT, GPTConfig
-from test_train import (BATCH, ENV, LONG, SOAK, TINY, TRAIN, Run, alive, assert_same, assert_uninterrupted, background, children, cwd,
-                        data, place, reference, tokens, torchrun, wait_for)  # among them fixtures
-
-REPO = Path(__file__).resolve().parent
+from conftest import (BATCH, ENV, LONG, REPO, TINY, TRAIN, Run, alive, assert_same, assert_uninterrupted, children, torchrun,
+                      wait_for)
 
 
 def test_hybrid_sharding(cwd, place, reference):

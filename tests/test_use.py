@@ -1,6 +1,5 @@
 """What a user does next: sample, export, evaluate, and take the optimizer elsewhere."""
 import fcntl
-import json
 import math
 import os
 import re
@@ -24,9 +23,8 @@ from data import TokenBatches, write_shard
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
 from test_data import TIKTOKEN, needs_gpt2
-from test_train import ENV, FORKS, Run, assert_same, cwd, data, place, small, tokens, torchrun, tree  # among them fixtures
+from conftest import ENV, FORKS, REPO, Run, assert_same, torchrun, tree
 
-REPO = Path(__file__).resolve().parent
 BOTH = pytest.mark.parametrize("name", ["byte", pytest.param("gpt2", marks=needs_gpt2)])
 
 

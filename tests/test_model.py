@@ -1,0 +1,83 @@
+"""What must stay true of model.py."""
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+import train
+from conftest import REPO, SMALL
+from model import GPT, GPTConfig
+
+
+def test_model_is_arcee(small):
+    """An independent implementation with the same weights gives the same logits."""
+    transformers = pytest.importorskip("transformers")
+    c = SMALL
+    hf = transformers.ArceeForCausalLM(transformers.ArceeConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_head, hidden_act="relu2", max_position_embeddings=c.block_size,
+        rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)).eval()
+    names = {"wte.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    for i in range(c.n_layer):
+        for ours, theirs in {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.up_proj",
+                             "mlp.down": "mlp.down_proj", **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}}.items():
+            names[f"blocks.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
+    state = {names[k]: v for k, v in small.state_dict().items()}
+    missing, unexpected = hf.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    hf.tie_weights()
+    idx = torch.randint(0, c.vocab_size, (2, c.block_size))
+    with torch.no_grad():
+        assert (small(idx) - hf(idx).logits).abs().max() < 1e-5
+
+
+def test_loss(small, monkeypatch):
+    """The mean over targets that are not -1, the same in chunks as in one piece, with the same gradients."""
+    idx, targets = torch.randint(0, 96, (2, 3, 48)).unbind()
+    targets[1, 7:] = -1
+    expected = F.cross_entropy(small(idx).double().flatten(0, 1), targets.flatten(), ignore_index=-1)
+    grads = torch.autograd.grad(expected, list(small.parameters()))
+    for chunk, cached in ((4096, 2**20), (4096, 7 * 96), (50, 7 * 96), (1, 1)):
+        monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk)
+        monkeypatch.setattr(model_module, "CACHED_LOGITS", cached)
+        loss = small(idx, targets)
+        assert loss.dtype == torch.float32 and abs(loss.item() - expected.item()) < 1e-6
+        for g, h in zip(torch.autograd.grad(loss, list(small.parameters())), grads):
+            assert (g - h).abs().max() < 1e-6
+    assert small(idx, torch.full_like(idx, -1)).item() == 0
+
+
+def test_causal(small):
+    idx = torch.randint(0, 96, (1, 48))
+    other = idx.clone()
+    other[0, 30] = (other[0, 30] + 1) % 96
+    changed = (small(idx) - small(other)).abs().amax(-1)[0]
+    assert changed[:30].max() == 0 and changed[30:].min() > 0
+    with pytest.raises(ValueError, match="block_size"):
+        small(torch.zeros(1, 49, dtype=torch.long))
+
+
+def test_generate(small):
+    """Any length, reproducible, inside the vocabulary; temperature 0 and top_k 1 take the likeliest token."""
+    idx = torch.randint(0, 96, (2, 5))
+    seeded = lambda seed=0, **k: small.generate(idx, 60, generator=torch.Generator().manual_seed(seed), **k)
+    assert seeded().shape == (2, 65) and torch.equal(seeded()[:, :5], idx)
+    assert torch.equal(seeded(), seeded()) and not torch.equal(seeded(), seeded(1))
+    assert torch.equal(seeded(top_k=1), seeded(temperature=0)) and torch.equal(seeded(temperature=0), seeded(5, temperature=0))
+    assert small.generate(idx, 1, temperature=0)[0, -1] == small(idx)[0, -1].argmax()
+    assert seeded(vocab_size=20, temperature=5.0)[:, 5:].max() < 20
+    top = small(idx)[:, -1].topk(3).indices
+    draws = torch.cat([small.generate(idx, 1, top_k=3, temperature=3.0)[:, -1:] for _ in range(30)], 1)
+    assert all({*row.tolist()} == {*allowed.tolist()} for row, allowed in zip(draws, top))
+
+
+@pytest.mark.parametrize("config, count", [("125m_sf", 123_587_328), ("772m_sf", 772_271_360)])
+def test_sizes(config, count):
+    cfg = train.parse([str(REPO / f"configs/{config}.py"), "--device=cpu"])
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    assert sum(p.numel() for p in gpt.parameters()) == count
+    L, D, T = cfg.n_layer, cfg.n_embd, cfg.block_size
+    products = L * (4 * D * D + 2 * D * 4 * D + 2 * T * D) + 50304 * D  # multiply-adds per token, forward
+    assert gpt.flops_per_token() == 3 * 2 * products
+    assert {p.shape for p in gpt.hidden_matrices()} == {(D, D), (4 * D, D), (D, 4 * D)} and len(gpt.hidden_matrices()) == 6 * L
