@@ -125,7 +125,7 @@ class SFNorMuon(torch.optim.Optimizer):
                 directions = adamw_directions(g, v, t, group)
             for y, z, direction in zip(map(local, bucket), states(self, bucket, "z"), directions):
                 x = y.lerp(z, 1 - 1 / group["beta"])  # x = y + (1 - 1/β1) (z - y)
-                u = eta * direction
+                u = direction.mul_(eta)
                 if group["decay_at"] != "none":
                     u.add_(z if group["decay_at"] == "z" else y, alpha=eta * group["weight_decay"])
                 z.sub_(u)
@@ -210,9 +210,9 @@ def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
     Ps = polar(Ms, like, group["ns_steps"], group["ns_dtype"])
     if group["normalize_rows"]:
         for P, v in zip(Ps, vs):
-            v.lerp_(P.square().mean(-1, keepdim=True), 1 - beta2)
+            v.lerp_(torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / P.size(-1), 1 - beta2)
             P.div_(v.sqrt() + group["eps"])  # now P̂
-    squares = torch.stack([P.square().sum((-2, -1), keepdim=True) for P in Ps])
+    squares = torch.stack([torch.linalg.matrix_norm(P, keepdim=True) ** 2 for P in Ps])
     norms = over_processes(squares, like).sqrt().clamp(min=1e-19)  # zero stays zero
     factors = 0.2 * math.sqrt(like.shape[-2] * like.shape[-1]) / norms
     return [P.mul_(factor) for P, factor in zip(Ps, factors)]
@@ -245,6 +245,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 
 def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), on CUDA (B, m, n)
     a, b, c = 3.4445, -4.7750, 2.0315
+    addmm = torch.addmm if G.ndim == 2 else torch.baddbmm  # two passes over memory less than a + b @ c
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
     norm = torch.linalg.matrix_norm(wide, keepdim=True)
     X = (G / norm.clamp(min=1e-19)).to(dtype)
@@ -254,7 +255,8 @@ def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), o
     if max(m, n) < 2 * min(m, n):
         for _ in range(steps):
             A = X @ X.mT
-            X = a * X + (b * A + c * A @ A) @ X
+            B = addmm(A, A, A, beta=b, alpha=c)  # b A + c A²
+            X = addmm(X, B, X, beta=a)  # a X + b (XXᵀ) X + c (XXᵀ)² X
     else:
         # Gram Newton-Schulz (Zhang, Amsel, Chen and Dao 2026), in the smaller size: X ← pX means
         # A ← pAp for A = XXᵀ, so the polynomials p are multiplied before they meet X. Rounding
@@ -262,7 +264,7 @@ def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), o
         for done in range(0, steps, 3):
             A, Q = X @ X.mT, None
             for left in reversed(range(min(3, steps - done))):
-                p = b * A + c * A @ A
+                p = addmm(A, A, A, beta=b, alpha=c)
                 p.diagonal(dim1=-2, dim2=-1).add_(a)
                 Q = p if Q is None else p @ Q
                 A = p @ A @ p if left else None
