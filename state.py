@@ -119,7 +119,7 @@ def restore(path: Path, saved: dict, model: nn.Module, optimizer=None) -> None:
     if {n: t.shape for n, t in saved["model"].items()} != {n: p.shape for n, p in weights.items()}:
         raise ValueError(f"{path} does not hold the model that it describes")
     for name, p in weights.items():
-        local([p])[0].copy_(rows(saved["model"][name], p))
+        local(p).copy_(rows(saved["model"][name], p))
     if optimizer is not None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         try:

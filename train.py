@@ -108,7 +108,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
         model.initialize(name, whole)
-        local([p.detach()])[0].copy_(rows(whole, p))
+        local(p.detach()).copy_(rows(whole, p))
     return model
 
 
@@ -232,7 +232,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
                 micro_loss = model(x, y) / accumulation
             micro_loss.backward()  # fully_shard averages over the processes
             loss += micro_loss.detach()
-        grads = local([p.grad for p in model.parameters()])
+        grads = [local(p.grad) for p in model.parameters()]
         squares = torch.stack(torch._foreach_norm(grads)).square().sum() / replicas(cfg)
         stats = torch.stack([loss / WORLD_SIZE, squares, squares.new_tensor(len(stop))])
         if WORLD_SIZE > 1:
