@@ -3,9 +3,11 @@
 A shard is 256 little-endian int32 (magic, version, number of tokens, then zeros) followed by that many
 little-endian uint16: the format of llm.c, modded-nanogpt and dion, named <name>_train_000000.bin and so on.
 """
+import errno
 import json
 import os
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,8 +16,16 @@ import numpy as np
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
+@lru_cache(maxsize=None)
+def warn_once(message):
+    print("warning:", message, file=sys.stderr, flush=True)
+
+
 def write_atomically(path, write):
-    """Calls write(file) and puts what it wrote in the place of `path`, or raises OSError and leaves `path` as it was."""
+    """Calls write(file) and puts what it wrote in the place of `path`.
+
+    OSError if that fails; `path` is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -24,12 +34,25 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save raises both
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {e}")
+    sync_folder(path.parent)
+
+
+def sync_folder(path):
+    """Make the names in a folder survive a loss of power, where the file system can do that."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        if e.errno == errno.EIO:
+            raise OSError(f"{path}: a new file in it may be lost: {e.strerror}")
+        warn_once("this file system cannot sync a folder "
+                  f"({e.strerror}): a loss of power may undo the last files written")
 
 
 def write_shard(path, tokens):
@@ -101,6 +124,15 @@ def permutation(n, *key):
     return np.random.RandomState(key).permutation(n)  # legacy: its stream is the same in every numpy version
 
 
+def split_of(name):
+    """"train", "val" or None: the last of these words in the name of a .bin file.
+
+    The last, since the name of the folder, and so of its shards, may itself contain _val_.
+    """
+    words = re.findall(r"(?<![a-z])(?:train|val)(?![a-z])", name) if name.endswith(".bin") else []
+    return words[-1] if words else None
+
+
 class TokenBatches:
     """The training or validation sequences of a folder of shards, each addressed by its position.
 
@@ -114,11 +146,11 @@ class TokenBatches:
 
     def __init__(self, data_dir, split, block_size, vocab_size, seed=0):
         check_folder(data_dir)
-        shards = sorted(name for name in os.listdir(data_dir) if re.search(r"_(train|val)_\d+\.bin$", name))
-        if not shards:
-            raise FileNotFoundError(f"{data_dir}: no token shards in this folder; prepare_fineweb.py makes some")
-        # anchored at the end: the folder, and so the name of its shards, may itself contain _val_
-        shards = [os.path.join(data_dir, name) for name in shards if re.search(rf"_{split}_\d+\.bin$", name)]
+        splits = {name: split_of(name) for name in sorted(os.listdir(data_dir))}
+        if not any(splits.values()):
+            raise FileNotFoundError(f"{data_dir}: no token shards in this folder; prepare_fineweb.py "
+                                    "makes some")
+        shards = [os.path.join(data_dir, name) for name in splits if splits[name] == split]
         if not shards:
             raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin) in this folder")
         lengths = {path: shard_length(path) for path in shards}
