@@ -207,7 +207,7 @@ def list_subset(subset):
     """Where the files of a subset of FineWeb are."""
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+    datasets.logging.set_verbosity(100)  # above CRITICAL: it logs what it raises
     try:
         return sorted(datasets.load_dataset_builder(FINEWEB, subset).config.data_files["train"])
     except Exception as e:  # the errors of the network and of the hub have nothing in common
@@ -331,7 +331,8 @@ def open_folder(out, **arguments):
 
 def refuse_foreign(out, ours):
     if foreign := {name for name in os.listdir(out) if name.endswith(".bin")} - {*ours}:
-        raise Refused(f"{os.path.join(out, min(foreign))}: not a shard of this data; give another --out")
+        path = os.path.join(out, min(foreign))
+        raise Refused(f"{path}: not a shard of this data; give another --out")
 
 
 def prepare(out, list_files, what, tokenizer, processes, expected):
@@ -346,8 +347,8 @@ def prepare(out, list_files, what, tokenizer, processes, expected):
         return
     if not progress:
         refuse_foreign(out, ())
-        progress = {**what, "tokenizer": tokenizer.name, "shards": 0, "position": {"source": 0, "place": 0, "nulls": 0},
-                    "skip": 0, "crc32": None}
+        progress = {**what, "tokenizer": tokenizer.name, "shards": 0, "skip": 0, "crc32": None,
+                    "position": {"source": 0, "place": 0, "nulls": 0}}
     paths = [f"{stem}_val_000000.bin"]
     paths += [f"{stem}_train_{i:06d}.bin" for i in range(progress["shards"])]
     for path in paths[:-1]:
@@ -399,11 +400,11 @@ def prepare(out, list_files, what, tokenizer, processes, expected):
 
 
 def fetch_shards(out, n):
-    """Download n training shards of GPT-2 tokens, and the validation shard, from the Hugging Face hub."""
-    os.environ["HF_HUB_DISABLE_XET"] = "1"  # plain HTTP times out, and goes on where a connection broke
+    """Download the validation shard and n training shards of GPT-2 tokens from the hub."""
+    os.environ["HF_HUB_DISABLE_XET"] = "1"  # plain HTTP times out, and goes on after a broken connection
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)  # it logs what it raises
+    huggingface_hub.logging.set_verbosity(100)  # above CRITICAL: it logs what it raises
     huggingface_hub.utils.disable_progress_bars()
     repo = "kjj0/fineweb10B-gpt2" if n <= 103 else "kjj0/fineweb100B-gpt2"
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, n + 1)]
@@ -418,12 +419,14 @@ def fetch_shards(out, n):
             except (OSError, ValueError):  # absent or not whole
                 got = os.path.join(partial, name)
                 try:
-                    huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=partial)
+                    huggingface_hub.hf_hub_download(repo, name, repo_type="dataset",
+                                                    local_dir=partial)
                     lengths.append(len(read_shard(got)))
-                except Exception as e:  # the errors of httpx, the hub and the system have nothing in common
+                except Exception as e:  # httpx, the hub and the system have no error in common
                     if os.path.exists(got):  # a bad one; what is only partly there has another name
                         os.unlink(got)
-                    raise ValueError(f"{repo}/{name}: download failed: {str(e) or type(e).__name__}") from e
+                    reason = str(e) or type(e).__name__
+                    raise ValueError(f"{repo}/{name}: download failed: {reason}") from e
                 os.replace(got, path)
             bar.update(lengths[-1])
     shutil.rmtree(partial, ignore_errors=True)
@@ -431,18 +434,21 @@ def fetch_shards(out, n):
 
 
 def prepare_stdlib(out):
-    """Make `out` from the Python standard library's own source files, as bytes: text that is always there.
+    """Make `out` from the Python standard library's source files, as bytes: text that is always there.
 
-    Whole files go to validation (1 in 20) or training. The folder appears complete or not at all; of two processes
-    that make it at once, the first wins and the other discards its own. OSError if it cannot be written.
+    Whole files go to validation (1 in 20) or training. The folder appears complete or not at all; if
+    two processes make it at once, the first wins and the other discards its own. OSError if it cannot
+    be written.
     """
     stdlib, parts = sysconfig.get_path("stdlib"), {"train": [], "val": []}
     for path in sorted(glob.glob(os.path.join(glob.escape(stdlib), "**", "*.py"), recursive=True)):
         name = os.path.relpath(path, stdlib)
-        if not {"site-packages", "dist-packages", "__pycache__", "test", "tests"} & {*name.split(os.sep)}:
+        others = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+        if not others & {*name.split(os.sep)}:
             with open(path, "rb") as f:
                 document = np.frombuffer(f.read(), np.uint8)
-            parts["val" if zlib.crc32(name.encode()) % 20 == 0 else "train"] += [[ByteTokenizer.eot], document]
+            split = "val" if zlib.crc32(name.encode()) % 20 == 0 else "train"
+            parts[split] += [[ByteTokenizer.eot], document]
     parent, name = os.path.split(os.path.abspath(out))
     os.makedirs(parent, exist_ok=True)
     building = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
@@ -469,51 +475,40 @@ def number(text):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Turn text into token shards. A .txt FILE IS ONE DOCUMENT, however many lines it "
-        "has; with --lines EACH LINE IS ONE. Started again with the same arguments, it goes on.")
+        description="Turn text into token shards. A .txt FILE IS ONE DOCUMENT, however long; with "
+        "--lines EACH LINE IS ONE. Started again with the same arguments, it goes on.")
     parser.print_usage = lambda file: None  # a usage error gets one line
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--subset", default="sample-10BT",
-                        help="of FineWeb, streamed (default: %(default)s)")
-    source.add_argument("--files", nargs="+", metavar="FILE",
-                        help="parquet, JSON lines (.json, .jsonl, .ndjson) or text (.txt); all but "
-                        "parquet also .gz or .zst")
-    source.add_argument("--shards", type=number,
-                        help="fetch so many ready shards of 100M GPT-2 tokens, up to 1030")
-    parser.add_argument("--lines", action="store_true",
-                        help="EACH LINE of a .txt file is a document; without this THE WHOLE FILE IS ONE")
-    parser.add_argument("--column", default="text",
-                        help="that holds the text in parquet and JSON files (default: %(default)s)")
-    parser.add_argument("--out", default="data/fineweb",
-                        help="folder for the shards (default: %(default)s)")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
-    parser.add_argument("--tokens", type=number,
-                        help="stop there, validation included; may be written 2.5e9")
-    parser.add_argument("--shard-tokens", type=number, default=10**8,
-                        help="in every shard but the last (default: 1e8)")
-    parser.add_argument("--processes", type=number, default=os.cpu_count(),
-                        help="that encode (default: all cores)")
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    source.add_argument("--subset", default="sample-10BT", help="of FineWeb (default: %(default)s)")
+    source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, .jsonl, "
+                        ".ndjson) or text (.txt); all but parquet also .gz or .zst")
+    source.add_argument("--shards", type=number, help="fetch ready shards of 100M GPT-2 tokens, to 1030")
+    add("--lines", action="store_true",
+        help="EACH LINE of a .txt file is a document; without this THE WHOLE FILE IS ONE")
+    add("--column", default="text", help="that holds the text, but in .txt (default: %(default)s)")
+    add("--out", default="data/fineweb", help="folder for the shards (default: %(default)s)")
+    add("--tokenizer", choices=TOKENIZERS, default="gpt2")
+    add("--tokens", type=number, help="stop there, validation included; may be written 2.5e9")
+    add("--shard-tokens", type=number, default=10**8, help="in every shard but the last (1e8)")
+    add("--processes", type=number, default=os.cpu_count(), help="that encode (default: all cores)")
     args = parser.parse_args()
     if args.shards:
         if args.shards > 1030:
             raise Refused(f"--shards {args.shards}: there are 1030")
         for option in ("lines", "column", "tokenizer", "tokens", "shard_tokens"):
             if getattr(args, option) != parser.get_default(option):
-                raise Refused(f"--shards fetches GPT-2 tokens as they are: it takes no "
+                raise Refused("--shards fetches GPT-2 tokens as they are, without "
                               f"--{option.replace('_', '-')}")
         fetch_shards(args.out, args.shards)
     else:
         if args.shard_tokens >= 2**31:
-            raise Refused(f"--shard-tokens {args.shard_tokens}: must be below 2**31, the header "
-                          "counts in int32")
+            raise Refused(f"--shard-tokens {args.shard_tokens}: must be below 2**31")
         for path in args.files or ():
             if not KIND.search(path):
                 raise Refused(f"{path}: unknown kind of file; known: {', '.join(READERS)}, all but the "
                               "first also .gz or .zst")
-            if not os.path.isfile(path):
-                raise Refused(f"{path}: no such file")
-            if not os.path.getsize(path):
-                raise Refused(f"{path}: is empty")
+            if not os.path.isfile(path) or not os.path.getsize(path):
+                raise Refused(f"{path}: {'is empty' if os.path.isfile(path) else 'no such file'}")
         what = {"source": " ".join(args.files or (FINEWEB, args.subset)), "lines": args.lines,
                 "column": args.column, "tokens": args.tokens, "shard_tokens": args.shard_tokens}
         known = args.tokenizer == "gpt2" and not args.files
@@ -533,7 +528,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on where it stopped"
     except BrokenExecutor:
-        status, message = 1, "a worker died (out of memory?); the same command goes on where it stopped"
+        status, message = 1, "a worker died (out of memory?); the same command goes on"
     except (Refused, OSError, ValueError) as e:
         status, message = 2 if isinstance(e, Refused) else 1, str(e)
     if status:
