@@ -36,6 +36,7 @@ import math
 import os
 import platform
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -50,8 +51,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import lock
-from config import MAY_CHANGE
+from checkpoint import MAY_CHANGE, lock
 from data import write_atomically
 
 TRAIN_LINES = 32  # kept of each run
@@ -294,10 +294,10 @@ def work(study, jobs: int, processes: int) -> None:
                 continue
             del running[slot]
             output = (study.runs / run / "output.txt").read_text().strip()
-            diverged = process.returncode and "stopped before" in output
+            last = output.splitlines()[-1] if output else ""
+            diverged = process.returncode and re.search(r"step \d+: .*loss .*stopped", last)
             ended = process.returncode == 0 and trained(study.runs / run) >= knobs["max_tokens"]
             if not (diverged or ended):
-                last = output.splitlines()[-1] if output else ""
                 failure = f"{run} ended with status {process.returncode}: {last}"
                 break
             keep(study, run)
