@@ -53,13 +53,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import MAY_CHANGE, lock
 from data import write_atomically
+from runs import Refused, read_log, read_results
 
 TRAIN_LINES = 32  # kept of each run
 WIDENINGS = 6  # of a grid, at most: a loss that does not depend on the rate would widen it forever
-
-
-class Refused(Exception):
-    """The command line or the study asks for something impossible: exit status 2."""
 
 
 def read_study(path: str) -> SimpleNamespace:
@@ -96,12 +93,6 @@ def check_method(study, name: str, method: dict) -> None:
 
 # ---- results, one file a study
 
-def read_results(file: Path) -> dict[str, dict]:
-    """Ended runs by name: name, config, evals, train, machine."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return {run["name"]: run for run in map(json.loads, lines)}
-
-
 def keep(study, name: str) -> None:
     """Adds an ended run to the results; a run that went further replaces its line."""
     folder = study.runs / name
@@ -114,14 +105,6 @@ def keep(study, name: str) -> None:
     text = "".join(json.dumps(run) + "\n" for run in results.values())
     study.file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(study.file, lambda file: file.write(text.encode()))
-
-
-def read_log(folder: Path) -> list[dict]:
-    try:
-        text = (folder / "log.jsonl").read_bytes()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.split(b"\n")[:-1]]
 
 
 def machine() -> dict:
