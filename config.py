@@ -138,8 +138,12 @@ def check(cfg: Config) -> None:
     for knob in (f.name for f in fields(cfg) if f.type in (int, float)):
         least = int(knob in AT_LEAST_1)
         need(getattr(cfg, knob) >= least, knob, f"at least {least}")
-    need(0 < cfg.sf_beta <= 1, "sf_beta", "in (0, 1]")
+    for knob in ("betas", "adam_betas"):  # torch looks at its defaults, not at its groups
+        beta1, beta2 = getattr(cfg, knob)
+        need(0 <= beta1 <= 1 and 0 <= beta2 < 1 and beta1 + scheduled < 2, knob, "in [0, 1)")
+    need(0 < cfg.sf_beta < 1, "sf_beta", "in (0, 1)")
     need(cfg.seed < 2**32, "seed", "below 2**32")
+    need(cfg.ns_steps < 100, "ns_steps", "below 100")
     need(scheduled or cfg.schedule == "constant", "schedule", f"constant for {cfg.optimizer}")
     need(cfg.max_tokens or cfg.schedule == "constant", "max_tokens", f"known for {cfg.schedule}")
     need(WORLD_SIZE % (cfg.shard_size or 1) == 0, "shard_size", f"a divisor of {WORLD_SIZE}")

@@ -159,7 +159,7 @@ BAD = {  # name: (arguments, status, what the line must name[, how the working d
                                                    "schedulefree_plus"]),
     "schedule": (["--schedule=cos", "--optimizer=adamw"], 2, ["constant", "cosine", "linear", "wsd"]),
     "no_horizon": (["--schedule=cosine", "--optimizer=adamw", "--max_tokens=0"], 2, ["max_tokens"]),
-    "sf_beta": (["--sf_beta=0"], 2, ["sf_beta", "(0, 1]"]),
+    "sf_beta": (["--sf_beta=0"], 2, ["sf_beta", "(0, 1)"]),
     "eval_offset": (["--eval_offset=1e9"], 1, ["eval_offset 1000000000", "data"]),
     **{f"{name}_schedule": (["--schedule=cosine", f"--optimizer={name}"], 2, ["schedule", name])
        for name in ("sf_normuon", "amuse", "schedulefree_plus")},
