@@ -284,3 +284,11 @@ def validation_loss(data, gpt, weights):
     gpt.load_state_dict(weights)
     with torch.no_grad():
         return float(torch.stack([gpt(*validation.get([i])) for i in range(11)]).double().mean())
+
+
+def driver(folder, code):
+    """A program that runs `code` and then becomes the program that follows it on the command line."""
+    path = folder / "driver.py"
+    path.write_text(f"import os, runpy, sys\n{code}\nsys.argv = sys.argv[1:]\n"
+                    "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    return str(path)

@@ -1,24 +1,26 @@
 """Runs that lose processes and nodes, change their size and their data, and whose checkpoints and data are large."""
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import state
 import train
 from data import HEADER_BYTES, MAGIC, VERSION, TokenBatches, write_shard
 from model import GPT, GPTConfig
-from conftest import (BATCH, ENV, LONG, REPO, TINY, TRAIN, Run, alive, assert_same, assert_uninterrupted, children, torchrun,
-                      wait_for)
+from conftest import (BATCH, ENV, LONG, REPO, TINY, TRAIN, Run, alive, assert_same, assert_uninterrupted, children, driver,
+                      torchrun, wait_for)
 
 
 def test_hybrid_sharding(cwd, place, reference):
@@ -32,7 +34,7 @@ def test_hybrid_sharding(cwd, place, reference):
     whole = Run(place("whole"), **more).wait()
     assert one.values("loss") == pytest.approx(whole.values("loss"), abs=1e-5)
     run = Run(cwd, processes=2, shard_size=3, **more).wait(2)
-    run.complaint("shard_size 3", "2 processes")
+    run.complaint("shard_size", "a divisor of 2", "got 3")
 
 
 def test_the_group_of_a_dead_worker_starts_again_by_itself(cwd, place):
@@ -155,7 +157,7 @@ def test_another_corpus(cwd, data, tokens, reference):
     shutil.copy(data / "meta.json", cwd / "other")
     Run(cwd).wait()
     other = dict(data_dir="other", max_tokens=20 * BATCH, checkpoint_interval=2)
-    Run(cwd, **other).wait(2).complaint("data_dir", "--change_data=True")
+    Run(cwd, **other).wait(2).complaint("data_dir", "other", "--change_data=True")
     run = Run(cwd, change_data=True, **other).wait()
     assert run.values("loss").keys() == {*range(1, 21)} and run.values("data_dir") == {13: "other"}
     assert run.checkpoint()["data_step"] == 12
@@ -163,10 +165,11 @@ def test_another_corpus(cwd, data, tokens, reference):
     assert again.values("data_dir") == {13: "other"} and again.checkpoint()["data_step"] == 12
     assert again.checkpoint()["step"] == 22
     # The loss of step 13 is that of the weights y after 12 steps, on the first batch of the new corpus
-    saved = checkpoint.load(reference.folder / "ckpt.pt")
+    path = reference.folder / "ckpt.pt"
+    saved = state.load(path)
     model = GPT(GPTConfig(**saved["model_config"]))
     optimizer = train.build_optimizer(train.Config(**saved["config"]), model)
-    checkpoint.restore(saved, model, optimizer)
+    state.restore(path, saved, model, optimizer)
     optimizer.train()
     batch = TokenBatches(cwd / "other", "train", TINY["block_size"], 257, 0).get(range(12))
     assert model(*batch).item() == pytest.approx(run.values("loss")[13], abs=1e-5)
@@ -201,7 +204,7 @@ def test_a_checkpoint_is_written_tensor_by_tensor(tmp_path, monkeypatch):
         return cpu(tensor).clone()
 
     monkeypatch.setattr(torch.Tensor, "cpu", watched)
-    checkpoint.save(tmp_path / "a.pt", tree, first=True)
+    state.save(tmp_path / "a.pt", tree)
     monkeypatch.undo()
     assert largest[0] < 6 * 4 * 2**20  # of 80 MB
     torch.save(tree, tmp_path / "b.pt")
@@ -213,6 +216,8 @@ def test_a_checkpoint_is_written_tensor_by_tensor(tmp_path, monkeypatch):
         for x, y in zip(leaves, others):
             assert torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]
+    assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None  # reads all and compares every checksum
+    assert all(entry.CRC for entry in zipfile.ZipFile(tmp_path / "a.pt").infolist() if entry.file_size)
 
 
 def test_a_thousand_shards(tmp_path):
@@ -234,6 +239,39 @@ def test_a_thousand_shards(tmp_path):
     assert memory() - before < 30e6  # the order of a few shards
 
 
+def test_a_process_starts_with_its_share(tmp_path):
+    """And with one parameter at a time whole: 2 of 4 bytes a parameter, where it once began with 4 and went on to 6."""
+    run = Run(tmp_path, plain=True, command=[*torchrun(2), driver(tmp_path, ARGV)]).wait()
+    starts = [float(x) for x in re.findall(r"at most ([\d.]+) while it started", run.out)]
+    assert len(starts) == 2 and max(starts) < 3, run.out
+
+
+ARGV = f"""
+os.chdir({str(REPO)!r})
+knobs = dict(n_layer=10, n_embd=640, n_head=8, vocab_size=1024)
+sys.argv = ["", "experiments/memory.py", "configs/125m_sf.py", "--measure", *(f"--{{k}}={{v}}" for k, v in knobs.items())]
+"""
+
+
+def test_rows_are_cut_before_they_are_moved(monkeypatch):
+    """Fifth of eight processes, 19 rows: it moves rows 12 to 14 and no others."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=4, world_size=8, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (8,))
+        p = DTensor.from_local(torch.zeros(3, 5), mesh, [Shard(0)], run_check=False, shape=(19, 5), stride=(5, 1))
+        moved, to = [], torch.Tensor.to
+        monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: (moved.append(t.numel()), to(t, *a, **k))[1])
+        whole = torch.arange(95.0).view(19, 5)
+        mine = state.like(whole, p)
+        assert max(moved) == 15 and torch.equal(mine.to_local(), whole[12:15]) and mine.shape == whole.shape
+        assert mine.placements == p.placements and mine.to_local().data_ptr() != whole[12:15].data_ptr()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- does it fit
 
 def fits(*arguments, status=0):
@@ -242,7 +280,8 @@ def fits(*arguments, status=0):
     assert run.returncode == status, run.stderr
     if status:
         return run.stderr
-    *parts, total = run.stdout.splitlines()
+    *parts, total, host = run.stdout.splitlines()
+    assert float(host.split()[-2]) == pytest.approx(4e-9 * 50304 * 1280, abs=0.01)  # the embedding
     return {line[:24].strip(): float(line[24:].split()[0]) for line in parts} | {"all": float(total[24:].split()[0])}, total
 
 

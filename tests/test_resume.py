@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import (BATCH, LONG, SOAK, Run, alive, assert_same, assert_uninterrupted, children, torchrun, tree, wait_for,
-                      wait_for_end)
+from conftest import (BATCH, LONG, SOAK, Run, alive, assert_same, assert_uninterrupted, children, driver, torchrun, tree,
+                      wait_for, wait_for_end)
 
 
 def test_resume_contract(cwd, reference):
@@ -23,7 +23,7 @@ def test_resume_contract(cwd, reference):
     run = Run(cwd).wait()
     assert "finished" in run.out and not run.err and {**tree(cwd), "run/.lock": b""} == {**before, "run/.lock": b""}
     for key, value in dict(n_layer=1, n_embd=64, optimizer="adamw", lr=0.01, seed=3, total_batch_tokens=2 * BATCH, vocab_size=512,
-                           betas=(0.8, 0.95), data_dir="./data", decay_at="y").items():
+                           betas=(0.8, 0.95), decay_at="y").items():
         Run(cwd, **{key: value}).wait(2).complaint(key, "ckpt.pt")
     assert {**tree(cwd), "run/.lock": b""} == {**before, "run/.lock": b""}
     shutil.move(cwd / "run", cwd / "moved")
@@ -115,14 +115,15 @@ def test_early_end(cwd):
     assert "Traceback" not in run.err and not (cwd / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_stop(cwd, place, number):
     """The step is finished and saved, exit status 0, and the same command goes on."""
     knobs = dict(max_tokens=0, checkpoint_interval=10**6)
     run = Run(cwd, command=[sys.executable], **knobs)
     wait_for(lambda: run.step() >= 5, "step 5", kill=run)
     os.kill(run.pid, number)
-    os.kill(run.pid, number)
+    if number != signal.SIGINT:  # a second one must not hurt
+        os.kill(run.pid, number)
     step = run.wait().step()
     assert run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out and "goes on" in run.out
     short = Run(place("short"), **{**knobs, "max_tokens": step * BATCH}).wait()  # saves an evaluated model
@@ -134,16 +135,120 @@ def test_stop(cwd, place, number):
     assert run.values("loss") == pytest.approx(whole.values("loss"), abs=2e-5)
 
 
-def test_stop_torchrun_and_resume_on_other_numbers(cwd, place, reference):
-    """SIGTERM to torchrun: both workers save and end by themselves. 1 and 3 processes go on from there."""
+def test_a_second_interrupt_ends_at_once(cwd):
+    """Within an operation that takes minutes, where Python's own handlers would not be called; no checkpoint is harmed."""
+    long = """
+import torch
+forward = torch.nn.Embedding.forward
+def slow(self, idx):
+    import ctypes
+    if os.path.exists("slow"):
+        print("sleeping", flush=True)
+        for _ in range(100):  # a C function that is called again when a signal interrupts it, as a wait for a card
+            ctypes.CDLL(None).usleep(10**6 - 1)
+    return forward(self, idx)
+torch.nn.Embedding.forward = slow
+"""
+    run = Run(cwd, command=[sys.executable, driver(cwd, long)], max_tokens=0, checkpoint_interval=2)
+    wait_for(lambda: (cwd / "run/ckpt.pt").exists(), "a checkpoint", kill=run)
+    (cwd / "slow").touch()
+    wait_for(lambda: "sleeping" in (cwd / "stdout").read_text(), "the long step", kill=run)
+    os.kill(run.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert run.running()
+    os.kill(run.pid, signal.SIGINT)
+    wait_for(lambda: not run.running(), "the end", 5)
+    run.wait(130)
+    assert run.checkpoint()["step"] >= 2 and "Traceback" not in run.err
+
+
+def test_a_run_under_nohup_stays_when_the_terminal_goes(cwd):
+    run = Run(cwd, command=["nohup", sys.executable], max_tokens=0, checkpoint_interval=10**6)
+    wait_for(lambda: run.step() >= 3, "step 3", kill=run)
+    os.kill(run.pid, signal.SIGHUP)
+    step = run.step()
+    wait_for(lambda: run.step() >= step + 3, "steps after the signal", kill=run)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait().checkpoint()["step"] == run.step()
+
+
+def test_data_is_known_by_its_shards(cwd, place, reference, data):
+    """Another spelling and another place are the same data; other shards in the same place are not."""
+    more = dict(max_tokens=16 * BATCH)
+    whole = Run(place("whole"), **more)
+    shutil.copytree(reference.folder, cwd / "run")
+    shutil.copytree(data, cwd / "elsewhere")
+    for data_dir, steps in (("./data/", 13), (cwd / "data", 14), ("elsewhere", 16)):
+        run = Run(cwd, data_dir=data_dir, max_tokens=steps * BATCH).wait()
+    assert "data_dir" not in str(run.log()[-1])
+    assert_same(run.checkpoint(), whole.wait().checkpoint(), 1e-5)  # which was evaluated less often
+    assert run.values("loss") == pytest.approx(whole.values("loss"), abs=1e-5)
+    (cwd / "elsewhere/x_train_000001.bin").unlink()
+    before = tree(cwd)
+    Run(cwd, data_dir="elsewhere", max_tokens=20 * BATCH).wait(2).complaint("elsewhere", "shards", "--change_data=True")
+    assert tree(cwd) == before
+    saved = run.checkpoint()
+    del saved["shards"]  # an old checkpoint, whose data is known by the spelling of its place
+    torch.save(saved, run.folder / "ckpt.pt")
+    Run(cwd, max_tokens=17 * BATCH).wait(2).complaint("data", "--change_data=True")
+    assert Run(cwd, data_dir="elsewhere", max_tokens=17 * BATCH).wait().checkpoint()["step"] == 17
+
+
+def test_an_older_state_is_completed_or_refused(cwd, place, reference):
+    """What was added to the groups since is filled in where its meaning is certain; another optimizer's state is refused."""
+    more = dict(max_tokens=16 * BATCH)
+    whole = Run(place("whole"), **more)
+    shutil.copytree(reference.folder, cwd / "run")
+    saved = reference.checkpoint()
+    for group in saved["optimizer"]["param_groups"]:
+        del group["averaging_power"], group["beta_power"], group["beta"]
+    for key in ("eval_offset", "sf_beta"):
+        del saved["config"][key]
+    torch.save(saved, cwd / "run/ckpt.pt")
+    assert_same(Run(cwd, **more).wait().checkpoint(), whole.wait().checkpoint())
+    groups = saved["optimizer"]["param_groups"]
+    adamw = [{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "params": g["params"]} for g in groups]
+    for state in (dict(muon={}, adamw={}), dict(saved["optimizer"], param_groups=adamw)):
+        torch.save({**saved, "optimizer": state}, cwd / "run/ckpt.pt")
+        before = tree(cwd)
+        Run(cwd, max_tokens=20 * BATCH).wait(1).complaint("run/ckpt.pt", "optimizer", "--resume=False")
+        assert tree(cwd) == before
+
+
+def test_a_file_system_without_locks(cwd):
+    """As cluster file systems are: said once, and the run goes on."""
+    refuse = """
+import errno, fcntl
+def flock(file, how):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = flock
+"""
+    run = Run(cwd, command=[sys.executable, driver(cwd, refuse)], max_tokens=2 * BATCH).wait()
+    assert run.out.count("No locks available") == 1 and "finished" in run.out and run.checkpoint()["step"] == 2
+
+
+def test_a_system_without_fcntl(cwd, reference):
+    """Such as Windows: help and evaluation need no lock, and training says in one line what it needs."""
+    command = [sys.executable, driver(cwd, "sys.modules['fcntl'] = None")]
+    assert "n_layer" in Run(cwd, "--help", plain=True, command=command).wait().out
+    shutil.copytree(reference.folder, cwd / "run")
+    assert "validation loss" in Run(cwd, eval_only=True, command=command).wait().out
+    Run(cwd, command=command).wait(1).complaint("Linux or macOS")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stop_torchrun_and_resume_on_other_numbers(cwd, place, reference, number):
+    """SIGTERM or SIGHUP to torchrun: both workers save and end by themselves. 1 and 3 processes go on from there."""
     run = Run(cwd, command=torchrun(2), max_tokens=0, checkpoint_interval=10**6)
     wait_for(lambda: run.step() >= 3, "step 3", kill=run)
     workers = children(run.pid)
-    os.kill(run.pid, signal.SIGTERM)
+    os.kill(run.pid, number)
     run.wait(1)
     step = run.step()
     assert run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out and not any(map(alive, workers))
     assert 'train.py", line' not in run.err, run.err
+    if number == signal.SIGHUP:
+        return
     end = dict(max_tokens=(step + 6) * BATCH)
     whole = Run(place("whole"), **end)
     three = place("three")

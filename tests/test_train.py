@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import train
-from conftest import (BATCH, COMPILED, REPO, TINY, Run, assert_same, flat, torchrun, validation_loss, wait_for)
+from conftest import BATCH, COMPILED, REPO, Run, assert_same, driver, flat, torchrun, validation_loss, wait_for
 from data import TokenBatches
 from model import GPT, GPTConfig
 
@@ -63,25 +64,47 @@ def test_processes(cwd, reference, n, by):
     assert run.out.count("finished: the model is in") == 1 and f"{n} processes" in run.out
 
 
-def test_nothing_is_compiled_after_the_first_steps(cwd, data, monkeypatch):
+GRAPHS = """
+import torch
+compile_ = torch.compile
+torch.compile = lambda function: compile_(function, backend="eager")
+import train
+factor, counters = train.lr_factor, torch._dynamo.utils.counters
+def lr_factor(*arguments):  # called once a step, after the backward pass
+    print("graphs", counters["stats"]["unique_graphs"], flush=True)
+    return factor(*arguments)
+train.lr_factor = lr_factor
+train.run(train.main, sys.argv[2:])
+"""
+
+
+def test_nothing_is_compiled_after_the_first_steps(cwd):
     """By torch's own count of compiled graphs; without the compiler's code generation, which has no part in that."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
-    cfg = train.Config(**TINY | dict(compile=True, dtype="bfloat16", data_dir=str(data)))
-    batches, val, _, vocab_size = train.open_data(cfg)
-    model = train.build_model(cfg, vocab_size)
-    optimizer = train.build_optimizer(cfg, model)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    graphs = []
-    for step in range(8):
-        train.gradient(cfg, model, batches, step)
-        optimizer.step()
-        model.zero_grad()
-        if step in (2, 5):
-            train.evaluate(cfg, model, val)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert 0 < graphs[0] and graphs[2:] == [graphs[2]] * 6
+    run = Run(cwd, command=[sys.executable, driver(cwd, GRAPHS)], compile=True, dtype="bfloat16", max_tokens=8 * BATCH,
+              eval_interval=3, checkpoint_interval=5).wait()
+    graphs = [int(n) for n in re.findall(r"graphs (\d+)", run.out)]
+    assert len(graphs) == 8 and 0 < graphs[0] == graphs[2] and graphs[3:] == [graphs[3]] * 5  # evaluated after step 3
+
+
+CARDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
+         "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
+         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": None,
+         "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 D": 147e12, "NVIDIA GB300": None, "NVIDIA A10": None,
+         "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_peak_flops(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert train.peak_flops(train.Config(device="cuda", dtype="bfloat16")) == CARDS[name]
+
+
+def test_eval_offset(cwd, place, reference):
+    """The evaluated tokens follow the skipped ones: the loss over 11 sequences is the mean of those over 5 and over 6."""
+    knobs = dict(eval_only=True, init_from=reference.folder / "ckpt.pt", processes=2)
+    losses = [float(re.search(r"validation loss +([\d.]+)", Run(cwd, **knobs, **part).wait().out)[1]) for part in
+              (dict(eval_tokens=5 * 64), dict(eval_tokens=6 * 64, eval_offset=5 * 64), dict(eval_tokens=11 * 64))]
+    assert (5 * losses[0] + 6 * losses[1]) / 11 == pytest.approx(losses[2], abs=2e-6) and abs(losses[0] - losses[1]) > 1e-3
 
 
 @pytest.mark.parametrize("knobs", [dict(batch_size=12, activation_checkpointing=True), dict(batch_size=3), "compile"], ids=str)
@@ -108,7 +131,7 @@ SCHEDULED = {  # the part of lr at step t > W
 OWN = {  # what their state must carry over a resume
     "sf_adamw": dict(averaging_power=2.0, beta_power=0.5),
     "amuse": dict(betas=(0.6, 0.99), adam_betas=(0.6, 0.99), averaging_power=1.0),
-    "schedulefree_plus": dict(betas=(0.3, 0.99), adam_lr=0.15, grad_clip=0, averaging_start=20, averaging_power=1.0,
+    "schedulefree_plus": dict(sf_beta=0.3, betas=(0.9, 0.99), adam_lr=0.15, grad_clip=0, averaging_start=20, averaging_power=1.0,
                               polyak_beta=0.9, beta_anneal_steps=50)}
 
 
@@ -215,6 +238,47 @@ def test_token_beyond_the_vocabulary(cwd, reference, data, tokens, processes, sp
     assert re.search(rf"^train.py: .*{path.name}.*999.*vocab_size 320", run.err, re.M) and "Traceback" not in run.err, run.err
     if split == "train":
         assert run.checkpoint()["step"] == 4 and run.step() == 6
+
+
+COUNTED = """
+import resource
+from torch.distributed.tensor import DTensor
+if os.environ["RANK"] == "0":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
+else:
+    full_tensor = DTensor.full_tensor
+    def counted(t):
+        if t.numel() >= 1024:  # no sums
+            print("gathered", flush=True)
+        return full_tensor(t)
+    DTensor.full_tensor = counted
+"""
+BROKEN = """
+import torch
+from torch.distributed.tensor import DTensor
+if os.environ["RANK"] == "0":
+    full_tensor, calls = DTensor.full_tensor, []
+    def broken(t):
+        calls.append(t)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return full_tensor(t)
+    DTensor.full_tensor = broken
+"""
+
+
+def test_the_others_stay_in_step_with_the_writer(cwd):
+    """When the first process cannot write a tensor, the others do not gather all that follow."""
+    run = Run(cwd, command=[*torchrun(2), driver(cwd, COUNTED)], max_tokens=BATCH).wait(1)
+    assert re.search("^train.py: run/ckpt.pt could not be written", run.err, re.M), run.err
+    assert run.out.count("gathered") <= 2  # of 38
+
+
+def test_nobody_waits_for_a_process_that_cannot_gather(cwd):
+    run = Run(cwd, command=[*torchrun(2), driver(cwd, BROKEN)], max_tokens=BATCH)
+    wait_for(lambda: not run.running(), "the end", 60)
+    run.wait(1)
+    assert re.search("^train.py: out of memory.*1 GiB", run.err, re.M) and 'train.py", line' not in run.err, run.err
 
 
 @pytest.mark.parametrize("processes", [1, 2])
