@@ -110,9 +110,17 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd, eps=1e-5)
         self.cross_entropy = cross_entropy_  # train.py may compile it, as it does the blocks
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # as in GPT-2, 2 n_layer sublayers add to the residual stream
-                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            self.initialize(name, p)
+
+    def initialize(self, name: str, weight: Tensor) -> None:
+        """Draws the first value of the parameter `name` into `weight`, as GPT-2: 2 n_layer sublayers
+        add to the residual stream, so their last matrices start smaller."""
+        if weight.ndim == 2:
+            residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            nn.init.normal_(weight, std=std)
+        else:
+            nn.init.ones_(weight)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """idx (B, T) int64, T <= block_size. Returns logits (B, T, vocab_size), or with targets
@@ -204,16 +212,18 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -
     targets = targets.clamp(min=0)[:, None]
     rows = max(1, IN_CACHE // len(W)) if W.is_cpu else CHUNK
     losses, dx, dW = [], torch.empty_like(x), torch.zeros_like(W)
+    training = torch.is_grad_enabled()
     with torch.no_grad():
         for xs, dxs, ts, ss in zip(*(t.split(CHUNK) for t in (x, dx, targets, shares))):
             logits = F.linear(xs, W)
             for z, target, share in zip(logits.split(rows), ts.split(rows), ss.split(rows)):
                 loss = cross_entropy(z, target, share)
-                # Inside cross_entropy_ the compiler would copy the logits for this.
-                z.scatter_(1, target, ((-loss).expm1() * share).to(z.dtype))
                 losses.append(loss)
-            dxs.copy_(logits @ W)  # the logits now hold their gradients
-            dW += logits.mT @ xs
+                if training:  # inside cross_entropy_ the compiler would copy the logits for this
+                    z.scatter_(1, target, ((-loss).expm1() * share).to(z.dtype))
+            if training:  # the logits now hold their gradients
+                dxs.copy_(logits @ W)
+                dW += logits.mT @ xs
     return WithGradients.apply((torch.cat(losses) * shares).sum(), x, W, dx, dW)
 
 
