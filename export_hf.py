@@ -4,8 +4,8 @@
     lm_eval --model hf --model_args pretrained=out/ --tasks hellaswag
     hf upload you/x out/                       publishes it
 
-Needs transformers >= 4.53, to write and to read. The weights stay float32 and the vocabulary padded.
-Unlike ours, the tokenizer takes "<|endoftext|>" in a text for the token of that name.
+Needs transformers >= 4.53, here and where the folder is read. The weights stay float32. Unlike ours,
+the tokenizer takes "<|endoftext|>" in a text for the token of that name.
 """
 import argparse
 import json
@@ -64,37 +64,31 @@ def hf_tokenizer(tokenizer, block_size):
     letters, eot = bytes_to_unicode(), "<|endoftext|>"
     text = lambda symbol: "".join(letters[byte] for byte in symbol)
     symbols = tokenizer.symbols[: tokenizer.eot]  # eot is the last token of both tokenizers
-    vocab = {text(symbol): token for token, symbol in enumerate(symbols)}
-    merges = [(text(a), text(b)) for a, b in bpe_merges(symbols)]
-    bpe = Tokenizer(models.BPE({**vocab, eot: tokenizer.eot}, merges))
+    vocab = {name: token for token, name in enumerate([*map(text, symbols), eot])}
+    bpe = Tokenizer(models.BPE(vocab, [(text(a), text(b)) for a, b in bpe_merges(symbols)]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # padding on the left: new tokens follow the text
         tokenizer_object=bpe, bos_token=eot, eos_token=eot, pad_token=eot, padding_side="left",
-        model_max_length=block_size, clean_up_tokenization_spaces=False)
-
-
-def last_evaluation(run, step):
-    """The last log entry with a validation loss up to this step, or None."""
-    folder = run if run.is_dir() else run.parent
-    log = folder / "log.jsonl"
-    if not log.exists() or not (run.is_dir() or run.name == "ckpt.pt"):  # it may be another run's
-        return None
-    entries = (json.loads(line) for line in log.read_text().splitlines() if line.endswith("}"))
-    evaluations = [e for e in entries if "val_loss" in e and e["step"] <= step]
-    return evaluations[-1] if evaluations else None
+        model_input_names=["input_ids", "attention_mask"], model_max_length=block_size,
+        clean_up_tokenization_spaces=False)
 
 
 def model_card(run, model, saved):
-    run, cfg = Path(run).resolve(), saved["config"]
-    name = run.name if run.is_dir() else run.parent.name if run.name == "ckpt.pt" else run.stem
+    run, cfg, evaluations = Path(run).resolve(), saved["config"], []
+    folder = run if run.is_dir() else run.parent
+    name = run.stem
+    if run.is_dir() or run.name == "ckpt.pt":  # another file may come from another run
+        name, log = folder.name, folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        evaluations = [e for e in entries if "val_loss" in e and e["step"] <= saved["step"]]
     figures = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
                "tokens": f"{saved['tokens']:,}", "steps": f"{saved['step']:,}",
                "optimizer": cfg["optimizer"], "data": cfg["data_dir"]}
-    if evaluation := last_evaluation(run, saved["step"]):
-        loss, step = evaluation["val_loss"], evaluation["step"]
-        figures[f"validation loss at step {step:,}"] = f"{loss:.4f} nats per token"
-        figures["perplexity"] = f"{math.exp(min(loss, 700)):.2f}"
+    for e in evaluations[-1:]:
+        figures[f"validation loss at step {e['step']:,}"] = f"{e['val_loss']:.4f} nats per token"
+        figures["perplexity"] = f"{math.exp(min(e['val_loss'], 700)):.2f}"
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     knobs = json.dumps({key: value for key, value in cfg.items() if key != "out_dir"}, indent=1)
     return (f"{CARD}# {name}\n\nIn training, every document follows the token `<|endoftext|>`: "
@@ -135,6 +129,8 @@ def main():
         ).save_pretrained(new)
         GenerationConfig(**eot, do_sample=True, suppress_tokens=padding).save_pretrained(new)
         hf_tokenizer(tokenizer, c.block_size).save_pretrained(new)
+        names = new / "tokenizer_config.json"  # transformers 5 has a name that 4 cannot read
+        names.write_text(names.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
         save_file(hf_state(model), new / "model.safetensors", metadata={"format": "pt"})
         (new / "model.safetensors").chmod(0o644)  # save_file lets only its owner read it
         for file in sorted(new.iterdir()):  # README.md first: a rerun knows the folder

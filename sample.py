@@ -25,10 +25,9 @@ from prepare_fineweb import get_tokenizer
 
 
 def load_run(run, device="cpu"):
-    """Returns the model in float32, the tokenizer and the whole checkpoint.
+    """The model in float32, the tokenizer and the checkpoint of a run's folder or of a ckpt.pt.
 
-    run: a run's folder, or a ckpt.pt. Raises FileNotFoundError if there is none, and ValueError if
-    it is damaged or its tokenizer cannot be loaded.
+    FileNotFoundError if there is none, ValueError if it or its tokenizer cannot be loaded.
     """
     path = Path(run)
     saved = load(path)
@@ -51,8 +50,7 @@ def load_run(run, device="cpu"):
     except Exception as e:  # tiktoken downloads, which can fail in any way
         raise ValueError(f"{path}: cannot load its tokenizer {name!r}: {e}") from None
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{path}: the model knows {vocab_size} tokens, its tokenizer {name!r} "
-                         f"makes {tokenizer.vocab_size}")
+        raise ValueError(f"{path}: {vocab_size} words are too few for its tokenizer {name!r}")
     return model.to(device), tokenizer, saved
 
 
@@ -61,16 +59,14 @@ def stream_text(model, tokenizer, prompt, tokens, **sampling):
     up to `tokens` tokens. sampling: as for `GPT.stream`."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens can split a character
     idx = torch.tensor([[tokenizer.eot, *prompt]], device=model.wte.weight.device)
-    continuation = model.stream(idx, vocab_size=tokenizer.vocab_size, **sampling)
-    for token in islice(continuation, tokens):
+    for token in islice(model.stream(idx, vocab_size=tokenizer.vocab_size, **sampling), tokens):
         if token == tokenizer.eot:
             break
         yield decoder.decode(tokenizer.symbols[token])
     yield decoder.decode(b"", final=True)
 
 
-def fail(message, status=2):
-    """Ends the program with one line on stderr. Status 2: usage error, 1: failed while running."""
+def fail(message, status=2):  # 2: usage error, 1: failed while running
     print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
@@ -119,13 +115,13 @@ def main():
     tokens = [] if prompt is None else tokenizer.encode(prompt).tolist()
     if prompt is not None and not tokens:
         fail("the prompt is empty; without --prompt, a sample is a document from its start")
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                    generator=generator)
     on_cuda = torch.device(args.device).type == "cuda"
     for i in range(args.samples):
         print("---------------\n" * (i > 0) + (prompt or ""), end="", flush=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-            for text in stream_text(model, tokenizer, tokens, args.tokens, generator=generator,
-                                    **sampling):
+            for text in stream_text(model, tokenizer, tokens, args.tokens, **sampling):
                 print(text, end="", flush=True)
         print()
 
