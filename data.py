@@ -140,28 +140,28 @@ class TokenBatches:
     """The training or validation sequences of a folder of shards, each addressed by its position.
 
     A shard of n tokens gives (n - 1) // block_size sequences of block_size + 1 tokens, neighbours
-    sharing one. len() counts those of all shards. Positions count on from the start of training, over
-    epochs: in every epoch each training sequence comes exactly once, shards and the sequences inside
-    each in a new order. What stands at a position depends on (seed, position) alone. Validation
-    sequences stay in natural order.
+    sharing one. len() counts those of all shards. Positions count on from the start of training,
+    over epochs: in every epoch each training sequence comes exactly once, shards and the sequences
+    inside each in a new order. What stands at a position depends on (seed, position) alone.
+    Validation sequences stay in natural order.
 
-    FileNotFoundError if the folder or its shards are missing, ValueError for a broken shard or if all
-    are too short.
+    FileNotFoundError if the folder or its shards are missing, ValueError for a broken shard or if
+    all are too short.
     """
 
     def __init__(self, data_dir, split, block_size, vocab_size, seed=0):
         check_folder(data_dir)
         splits = {name: split_of(name) for name in sorted(os.listdir(data_dir))}
         if not any(splits.values()):
-            raise FileNotFoundError(f"{data_dir}: no token shards here; prepare_fineweb.py makes some")
+            raise FileNotFoundError(f"{data_dir}: no token shards; prepare_fineweb.py makes some")
         shards = [os.path.join(data_dir, name) for name in splits if splits[name] == split]
         if not shards:
             raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin) here")
         lengths = {path: shard_length(path) for path in shards}
         self.lengths = {path: n for path, n in lengths.items() if n > block_size}
         if not self.lengths:
-            raise ValueError(f"{data_dir}: no {split} shard holds block_size + 1 = {block_size + 1} "
-                             "tokens")
+            raise ValueError(f"{data_dir}: no {split} shard holds block_size + 1 = "
+                             f"{block_size + 1} tokens")
         self.paths = list(self.lengths)
         self.sequences = np.array([(n - 1) // block_size for n in self.lengths.values()])
         self.split, self.block_size = split, block_size
@@ -186,8 +186,8 @@ class TokenBatches:
     def get(self, positions):
         """(inputs, targets), both int64 (len(positions), block_size), targets one token ahead.
 
-        ValueError names the shard that holds a token beyond vocab_size, or that is no longer what it
-        was when opened; OSError if it is gone.
+        ValueError names the shard that holds a token beyond vocab_size, or that is no longer what
+        it was when opened; OSError if it is gone.
         """
         import torch  # here: prepare_fineweb.py's workers, which import this file, do not need it
 

@@ -41,8 +41,8 @@ SUBSET_TOKENS = {"sample-10BT": 10.35e9, "sample-100BT": 103e9}  # GPT-2's, abou
 BATCH_CHARS = 2**20  # of text that a worker encodes at once
 BAR = {"unit": " tokens", "unit_scale": True, "mininterval": 1}
 KIND = re.compile(r"(\.parquet$)|(\.jsonl?|\.ndjson|\.txt)(\.gz|\.zst|)$", re.IGNORECASE)
-# A text up to its last break: where tiktoken gives the same tokens for the two sides as for the whole.
-# Its matches end before a blank (Python counts \x1c to \x1f as blanks too), and behind a word before
+# A text up to its last break: where the two sides have the tokens of the whole. tiktoken's matches
+# end before a blank (Python counts \x1c to \x1f as blanks too), and behind a word before
 # punctuation; among blanks, no token of GPT-2 holds two of these kinds, save two newlines.
 UP_TO_BREAK = re.compile(r"(?s).*(?:\S(?=[^\S\x1c-\x1f])|[^\W_](?=[!-/:-@\[-`{-~。，、！？])"
                          r"|[ \t\r](?=[ \t\r\n])|\n(?=[ \t\r]))")
@@ -53,7 +53,7 @@ class Refused(Exception):
 
 
 def first_piece(text, size):
-    """The longest beginning of at most `size` characters that ends at a break, else `size` of them."""
+    """The longest beginning, up to `size` characters, that ends at a break; else `size` of them."""
     found = UP_TO_BREAK.match(text, 0, size) if len(text) > size else None
     return found[0] if found else text[:size]
 
@@ -103,16 +103,16 @@ def get_tokenizer(name):
     """Tokenizer with name, vocab_size, eot, symbols (the bytes of each token),
     encode(str) -> uint16 (n,) and decode(tokens) -> str.
 
-    encode adds no eot and takes a special token's text as ordinary text. decode skips what lies beyond
-    the vocabulary, which models pad. ValueError for an unknown name.
+    encode adds no eot and takes a special token's text as ordinary text. decode skips what lies
+    beyond the vocabulary, which models pad. ValueError for an unknown name.
     """
     if name not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer {name!r}; known: {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]()
 
 
-# The readers yield (place, text or None) of every document from a place in an open file on. The place
-# is a byte (of the uncompressed file) or, in parquet and JSON lists, a row.
+# The readers yield (place, text or None) of every document from a place in an open file on. The
+# place is a byte (of the uncompressed file) or, in parquet and JSON lists, a row.
 
 
 def read_text(file, place, column):
@@ -148,11 +148,19 @@ def skip_bytes(file, n):
 
 def read_json(file, place, column):
     """An object a line, or one list of objects."""
-    parse = json.JSONDecoder(parse_int=float).decode  # int() limits the digits, in other columns too
+    decode = json.JSONDecoder(parse_int=float).decode  # int() limits the digits, of other columns too
+
+    def parse(at, text):
+        try:
+            return decode(text)
+        except ValueError as e:
+            raise ValueError(f"not JSON at byte {at}: {e}") from None
+
     if file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
-        rows = islice(enumerate(parse(file.read().decode("utf-8-sig"))), place, None)
+        rows = islice(enumerate(parse(0, file.read().decode("utf-8-sig"))), place, None)
     else:
-        rows = ((at, parse(line)) for at, line in read_lines(file, place, column) if line.strip())
+        lines = read_lines(file, place, column)
+        rows = ((at, parse(at, line)) for at, line in lines if line.strip())
     found, without = place > 0, 0
     for at, row in rows:
         if not isinstance(row, dict):
@@ -293,8 +301,8 @@ def write_json(path, value):
 
 def write_meta(out, tokenizer, train_tokens, val_tokens, **more):
     write_json(os.path.join(out, "meta.json"), {
-        **more, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-        "train_tokens": train_tokens, "val_tokens": val_tokens})
+        "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+        "train_tokens": train_tokens, "val_tokens": val_tokens, **more})
 
 
 def open_folder(out, **arguments):
@@ -336,7 +344,7 @@ def refuse_foreign(out, ours):
 
 
 def prepare(out, list_files, what, tokenizer, processes, expected):
-    """Tokenize list_files(). what: the options that a rerun must repeat; expected: tokens, about."""
+    """Tokenize list_files(). what: options that a rerun must repeat; expected: tokens, about."""
     tokens, shard_tokens = what["tokens"], what["shard_tokens"]
     meta, progress = open_folder(out, tokenizer=tokenizer.name, **what)
     stem = os.path.join(out, os.path.basename(os.path.abspath(out)))
@@ -362,8 +370,8 @@ def prepare(out, list_files, what, tokenizer, processes, expected):
          tqdm(initial=done, total=tokens or expected, **BAR) as bar:
         for position, batch in batches:
             if crc not in (None, zlib.crc32(batch)):
-                raise ValueError(f"{what['source']}: is not the text that {out} was begun with (or the "
-                                 "tokenizer's version is another); give another --out")
+                raise ValueError(f"{what['source']}: is not the text that {out} was begun with, or "
+                                 "the tokenizer is another version; give another --out")
             start, end = skip, min(len(batch), skip + (tokens or sys.maxsize) - done)
             done, skip, crc = done + end - start, 0, None
             bar.update(end - start)
@@ -401,7 +409,7 @@ def prepare(out, list_files, what, tokenizer, processes, expected):
 
 def fetch_shards(out, n):
     """Download the validation shard and n training shards of GPT-2 tokens from the hub."""
-    os.environ["HF_HUB_DISABLE_XET"] = "1"  # plain HTTP times out, and goes on after a broken connection
+    os.environ["HF_HUB_DISABLE_XET"] = "1"  # plain HTTP times out, and resumes
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity(100)  # above CRITICAL: it logs what it raises
@@ -434,11 +442,11 @@ def fetch_shards(out, n):
 
 
 def prepare_stdlib(out):
-    """Make `out` from the Python standard library's source files, as bytes: text that is always there.
+    """Make `out` from the Python standard library's source files, as bytes: a text always at hand.
 
-    Whole files go to validation (1 in 20) or training. The folder appears complete or not at all; if
-    two processes make it at once, the first wins and the other discards its own. OSError if it cannot
-    be written.
+    Whole files go to validation (1 in 20) or training. The folder appears complete or not at all;
+    if two processes make it at once, the first wins and the other discards its own. OSError if it
+    cannot be written.
     """
     stdlib, parts = sysconfig.get_path("stdlib"), {"train": [], "val": []}
     for path in sorted(glob.glob(os.path.join(glob.escape(stdlib), "**", "*.py"), recursive=True)):
@@ -480,9 +488,9 @@ def main():
     parser.print_usage = lambda file: None  # a usage error gets one line
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     source.add_argument("--subset", default="sample-10BT", help="of FineWeb (default: %(default)s)")
-    source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, .jsonl, "
-                        ".ndjson) or text (.txt); all but parquet also .gz or .zst")
-    source.add_argument("--shards", type=number, help="fetch ready shards of 100M GPT-2 tokens, to 1030")
+    source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, "
+                        ".jsonl, .ndjson) or text (.txt); all but parquet also .gz or .zst")
+    source.add_argument("--shards", type=number, help="fetch ready shards of 100M GPT-2 tokens")
     add("--lines", action="store_true",
         help="EACH LINE of a .txt file is a document; without this THE WHOLE FILE IS ONE")
     add("--column", default="text", help="that holds the text, but in .txt (default: %(default)s)")
@@ -505,8 +513,8 @@ def main():
             raise Refused(f"--shard-tokens {args.shard_tokens}: must be below 2**31")
         for path in args.files or ():
             if not KIND.search(path):
-                raise Refused(f"{path}: unknown kind of file; known: {', '.join(READERS)}, all but the "
-                              "first also .gz or .zst")
+                raise Refused(f"{path}: unknown kind of file; known: {', '.join(READERS)}, all but "
+                              "the first also .gz or .zst")
             if not os.path.isfile(path) or not os.path.getsize(path):
                 raise Refused(f"{path}: {'is empty' if os.path.isfile(path) else 'no such file'}")
         what = {"source": " ".join(args.files or (FINEWEB, args.subset)), "lines": args.lines,

@@ -492,8 +492,8 @@ def test_resumed_text_is_checked(tmp_path, name):
         elif name == "a.json":
             path.write_text(f"[{','.join(rows)}]")
         else:
-            path.write_bytes(zstd("\n".join(rows).encode()))if name.endswith("zst") else \
-                path.write_text("\n".join(rows))
+            pack = zstd if name.endswith(".zst") else bytes
+            path.write_bytes(pack("\n".join(rows).encode()))
 
     documents = [text if i % 7 else None for i, text in enumerate(DOCUMENTS * 40)]
     write(documents)
@@ -506,7 +506,9 @@ def test_resumed_text_is_checked(tmp_path, name):
         kill_when(tmp_path, shards, *command)
     before = contents(tmp_path / "x")
     write(["other"] + documents[1:-40] + documents[:1] if name == "a.txt" else documents[1:])
-    refused(run(*command, cwd=tmp_path), 1, name, "" if name.startswith("a.jsonl") else "not the text")
+    # a place in the middle of another line is no JSON
+    words = "JSON" if name.startswith("a.jsonl") else "not the text"
+    refused(run(*command, cwd=tmp_path), 1, name, words)
     write(documents[:40])
     refused(run(*command, cwd=tmp_path), 1, name, "not the text")
     assert contents(tmp_path / "x") == before
@@ -522,11 +524,11 @@ def test_resumed_text_is_checked(tmp_path, name):
 
 
 def test_only_the_text_column_matters(tmp_path):
-    rows = [{"text": f"2024-01-{i % 28 + 1:02d}", "lang": None, "n": 1} for i in range(150_000)]
+    rows = [{"text": f"2024-01-{i % 28 + 1:02d}", "lang": None, "n": 1} for i in range(300_000)]
     rows += [{"text": "x", "lang": "en", "n": "one"}, {"text": "\ud83d", "lang": {}, "n": [1.5, "a"]},
              {"n": 2}, {"text": None}, {"text": "12:30", "n": {"deep": None}}]
     lines = "\n".join(map(json.dumps, rows)) + '\n\n{"n": ' + "9" * 5000 + ', "text": "last"}'
-    assert len(lines) > 8 * 10**6
+    assert len(lines) > 12 * 10**6
     (tmp_path / "a.jsonl").write_text(lines)
     status, out, _ = run("--files", "a.jsonl", "--tokenizer", "byte", "--out", "x", cwd=tmp_path)
     assert status == 0 and "2 rows whose `text` is null were skipped" in out
