@@ -158,7 +158,7 @@ def check(cfg: Config) -> None:
         raise Failure(f"device must be one of {', '.join(DEVICES)} here, got {cfg.device!r}", 2)
     if device == "cuda":  # each process takes its own card, and leaves nothing on the others
         try:
-            torch.cuda.set_device(LOCAL_RANK if WORLD_SIZE > 1 else torch.device(cfg.device))
+            torch.cuda.set_device(LOCAL_RANK if WORLD_SIZE > 1 else torch.device(cfg.device).index or 0)
         except RuntimeError as e:
             raise Failure(f"device {cfg.device!r}, process {LOCAL_RANK}: {e}", 2)
     if cfg.shard_size and WORLD_SIZE % cfg.shard_size:
