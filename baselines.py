@@ -1,234 +1,354 @@
-"""The rivals that torch does not ship, each as its authors give it, with the conventions of `SFNorMuon`."""
+"""The rivals that torch does not ship, each as its authors give it, and the registry of all optimizers.
+
+The conventions are those of `SFNorMuon`: groups with use_muon, state made at the first gradient, a
+parameter without a gradient skipped, nothing moved or counted at lr 0.
+"""
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from sf_normuon import (ScheduleFree, adam_denominator, check_group, check_not_negative, local, matrix_sum, normuon_direction,
-                        polar, same_shape)
-
-
-def nesterov(Ms, params, momentum):
-    """(1-μ) g + μ M for each parameter, after M ← μ M + (1-μ) g in place."""
-    g = [p.grad for p in params]
-    torch._foreach_lerp_(local(Ms), local(g), 1 - momentum)
-    return torch._foreach_lerp(g, Ms, momentum)
+from sf_normuon import (SFNorMuon, adamw_directions, begin_step, check_gradients, check_group, local,
+                        normuon_directions, over_processes, param_groups, polar, same_shape, states,
+                        towards_z)
 
 
 class NorMuon(torch.optim.Optimizer):
-    """NorMuon (arXiv:2510.05491) with steps of RMS 0.2 lr: the method to equal, given a schedule that knows the horizon.
+    """NorMuon (arXiv:2510.05491) with steps of RMS 0.2 lr: the one to equal, given a schedule.
 
         M ← μ M + (1-μ) g,  P = polar((1-μ) g + μ M)                  Nesterov
         v ← β2 v + (1-β2) rowmean(P²),  P̂ = P / (√v + ε)
         p ← (1 - η λ) p - 0.2 η √(mn) / ‖P̂‖_F · P̂
 
     Groups with use_muon=False take AdamW's step. normalize_rows=False is Muon with its step normalized.
-    Parameters, groups and errors as for `SFNorMuon`; there is no train() and eval(), and warm-up is the schedule's.
+    Parameters, groups and errors as for `SFNorMuon`; there is no train() and eval(), and warm-up is the
+    schedule's.
     """
 
-    def __init__(self, params, lr=0.008, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.05, eps=1e-8,
-                 ns_steps=5, ns_dtype=None, normalize_rows=True):
+    def __init__(self, params, lr=0.008, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.05,
+                 eps=1e-8, ns_steps=5, ns_dtype=None, normalize_rows=True):
         super().__init__(params, dict(
-            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, eps=eps, ns_steps=ns_steps,
-            ns_dtype=ns_dtype, normalize_rows=normalize_rows, use_muon=True, step=0))
+            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, eps=eps,
+            ns_steps=ns_steps, ns_dtype=ns_dtype, normalize_rows=normalize_rows, use_muon=True, step=0))
 
     def add_param_group(self, group):
         super().add_param_group(group)
         check_group(group)
-        if not 0 <= group["betas"][0] < 1:
-            raise ValueError(f"beta1 must be in [0, 1), got {group['betas'][0]}")
+        check_beta1(group)
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        check_gradients(self)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    first, second = ("momentum_buffer", "row_second_moment") if group["use_muon"] else \
-                                    ("exp_avg", "exp_avg_sq")
-                    self.state[p][first] = torch.zeros_like(p)
-                    self.state[p][second] = torch.zeros_like(p[:, :1] if group["use_muon"] else p)
-            if not params or group["lr"] == 0:
-                continue
-            group["step"] += 1
-            for bucket in same_shape(params) if group["use_muon"] else [params]:
-                u = self._matrix_step(group, bucket) if group["use_muon"] else self._adamw_step(group, bucket)
-                p, lr = local(bucket), float(group["lr"])
-                torch._foreach_mul_(p, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(p, u, alpha=-lr)
+            for p in (p for p in params if not self.state.get(p)):
+                if group["use_muon"]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])
+                else:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            if params and group["lr"] != 0:
+                self._step_group(group, params)
         return loss
 
-    def _matrix_step(self, group, params):
-        Ms, vs = ([self.state[p][name] for p in params] for name in ("momentum_buffer", "row_second_moment"))
-        return list(normuon_direction(nesterov(Ms, params, group["momentum"]), vs, group["betas"][1], group["eps"],
-                                      group["ns_steps"], group["ns_dtype"], group["normalize_rows"]).unbind())
+    def _step_group(self, group, params):
+        group["step"] += 1
+        t, eta = group["step"], float(group["lr"])
+        for bucket in same_shape(params):
+            g = [local(p.grad) for p in bucket]  # (m, n) each, or this process's rows of it
+            if group["use_muon"]:
+                M = nesterov(states(self, bucket, "momentum_buffer"), g, group["momentum"])
+                v = states(self, bucket, "row_second_moment")  # (m, 1)
+                directions = normuon_directions(M, v, bucket[0], group, group["betas"][1])
+            else:
+                m, v = (states(self, bucket, name) for name in ("exp_avg", "exp_avg_sq"))
+                directions = (adamw(*moments, t, group) for moments in zip(g, m, v))
+            for p, direction in zip(map(local, bucket), directions):
+                p.mul_(1 - eta * group["weight_decay"])
+                p.sub_(direction, alpha=eta)
 
-    def _adamw_step(self, group, params):
-        g = local([p.grad for p in params])
-        m, v = (local([self.state[p][name] for p in params]) for name in ("exp_avg", "exp_avg_sq"))
-        (beta1, beta2), t = group["betas"], group["step"]
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        u = torch._foreach_div(m, adam_denominator(v, g, beta2, t, group["eps"]))
-        torch._foreach_div_(u, 1 - beta1**t)
-        return u
 
-
-class AMUSE(ScheduleFree):
-    """AMUSE (arXiv:2605.22432): schedule-free Muon whose gradient moves from near z to x as the average slows down.
+class AMUSE(torch.optim.Optimizer):
+    """AMUSE (arXiv:2605.22432): schedule-free Muon whose gradient moves from near z to x.
 
         M ← μ M + (1-μ) g,  P = polar((1-μ) g + μ M)                  Nesterov, no row normalization
         z ← (1 - η_t λ) z - η_t 0.2 √max(m,n) P,  η_t = η min(1, t / T0)
         x ← (1-c) x + c z,  c = w / Σw,  w = tʳ η_t²
-        y = β_t x + (1-β_t) z,  β_t = β1 up to T0, then 1 - S^ρ (1-β1),  S = c (1-c0) / (c0 (1-c)),  c0 = c at T0
+        y = β_t x + (1-β_t) z,  β_t = β1 up to T0, then 1 - S^ρ (1-β1),  S = c (1-c0) / (c0 (1-c)),
+        c0 = c at T0
 
     Groups with use_muon=False: z ← (1 - η_t λ) z - η_t g / (√v̂ + ε), with β2. averaging_power: r.
-    Parameters, groups, train(), eval() and errors as for `SFNorMuon`; warmup_steps below 2 is a ValueError too, since
-    c0 = 1 would make β jump to 1.
+    warmup_steps: T0, from which β grows: it is part of the method and grows with the length of a run
+    (the authors' is 6,000 of 16,000 steps), and below 2 a ValueError, since c0 = 1 would make β jump to 1.
+    Parameters, groups, train(), eval() and errors as for `SFNorMuon`.
     """
+    train, eval = SFNorMuon.train, SFNorMuon.eval
 
-    def __init__(self, params, lr=0.01, betas=(0.6, 0.999), momentum=0.95, weight_decay=0.05, warmup_steps=6000, rho=0.8,
-                 averaging_power=0.0, eps=1e-10, ns_steps=5, ns_dtype=None):
+    def __init__(self, params, lr=0.01, betas=(0.6, 0.999), momentum=0.95, weight_decay=0.05,
+                 warmup_steps=6000, rho=0.8, averaging_power=0.0, eps=1e-10, ns_steps=5, ns_dtype=None):
         super().__init__(params, dict(
-            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps, rho=rho,
-            averaging_power=averaging_power, eps=eps, ns_steps=ns_steps, ns_dtype=ns_dtype, use_muon=True,
-            step=0, weight_sum=0.0, c0=1.0, train_mode=True))
+            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps,
+            rho=rho, averaging_power=averaging_power, eps=eps, ns_steps=ns_steps, ns_dtype=ns_dtype,
+            use_muon=True, step=0, weight_sum=0.0, c0=1.0, train_mode=True))
 
     def add_param_group(self, group):
         super().add_param_group(group)
-        group["beta"] = group["betas"][0]
-        check_group(group)
-        if not 0 < group["betas"][0] <= 1:
-            raise ValueError(f"beta1 must be in (0, 1], got {group['betas'][0]}")
+        group["beta"] = group["betas"][0]  # the β with which y was written
+        check_group(group, "rho", "averaging_power")
+        if not 0 < group["beta"] <= 1:
+            raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
         if not group["warmup_steps"] >= 2:
             raise ValueError(f"warmup_steps must be at least 2, got {group['warmup_steps']}")
-        check_not_negative(group, "rho", "averaging_power")
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = self._begin(closure)
-        for group, params in self._moving():
-            group["step"] += 1
-            lr, beta = self._warmed_up_lr(group), group["betas"][0]
-            c = self._next_average_weight(group, lr)
-            if group["step"] <= group["warmup_steps"]:
-                group["c0"] = c
-            else:
-                S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
-                beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 only if lr is raised from outside
-            self._move_all(group, params, lr, c, beta)
+        loss = begin_step(self, closure)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            moment = "momentum_buffer" if group["use_muon"] else "exp_avg_sq"
+            for p in (p for p in params if not self.state.get(p)):
+                self.state[p].update({"z": p.detach().clone(), moment: torch.zeros_like(p)})
+            if params and group["lr"] != 0:
+                self._step_group(group, params)
         return loss
 
-    def _init_state(self, p, use_muon):
-        self.state[p]["z"] = p.detach().clone()
-        self.state[p]["momentum_buffer" if use_muon else "exp_avg_sq"] = torch.zeros_like(p)
+    def _step_group(self, group, params):
+        group["step"] += 1
+        t, T0, beta = group["step"], group["warmup_steps"], group["betas"][0]
+        eta = float(group["lr"]) * min(1.0, t / T0)
+        w = t ** group["averaging_power"] * eta**2
+        group["weight_sum"] += w
+        c = w / group["weight_sum"] if group["weight_sum"] else 1.0
+        if t <= T0:
+            group["c0"] = c
+        else:
+            S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
+            beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 if lr is raised from outside
+        skipped = [p for p in group["params"] if p.grad is None]
+        if beta != group["beta"]:  # they get their y with the new β
+            towards_z(self, skipped, 1 - 1 / group["beta"], 1 - beta)
+        for bucket in same_shape(params):
+            g = [local(p.grad) for p in bucket]  # (m, n) each, or this process's rows of it
+            if group["use_muon"]:
+                M = nesterov(states(self, bucket, "momentum_buffer"), g, group["momentum"])
+                scale = 0.2 * math.sqrt(max(bucket[0].shape[-2:]))
+                Ps = polar(M, bucket[0], group["ns_steps"], group["ns_dtype"])
+                directions = [P.mul_(scale) for P in Ps]
+            else:
+                directions = adamw_directions(g, states(self, bucket, "exp_avg_sq"), t, group)
+            for y, z, direction in zip(map(local, bucket), states(self, bucket, "z"), directions):
+                x = y.lerp(z, 1 - 1 / group["beta"])
+                z.mul_(1 - eta * group["weight_decay"])
+                z.sub_(direction, alpha=eta)
+                x.lerp_(z, c)
+                torch.lerp(x, z, 1 - beta, out=y)
+        group["beta"] = beta
 
-    def _matrix_direction(self, group, params):
-        update = nesterov(self._states(params, "momentum_buffer"), params, group["momentum"])
-        return list((0.2 * math.sqrt(max(params[0].shape)) * polar(update, group["ns_steps"], group["ns_dtype"])).unbind())
 
-
-class ScheduleFreePlus(ScheduleFree):
-    """ScheduleFree+ (arXiv:2605.19095): schedule-free AdamW that finds its rate by itself, as Polyak's step.
+class ScheduleFreePlus(torch.optim.Optimizer):
+    """ScheduleFree+ (arXiv:2605.19095): schedule-free AdamW whose rate is Polyak's step.
 
         G = Σ|g|,  I = β Σ⟨g, z-x⟩,  e ← βp e + (1-βp) √(π/2) G,  ê = e / (1 - βp^(k+1)),  k = 0, 1, ...
-        α = η_k max(0, loss + I) / ê                                  sums over all parameters, of all groups
-        z ← z - α² λ y - α m̂ / (√v̂ + ε)                               m, v: Adam's moments
-        x ← (1-c) x + c z,  c = 1 while k < averaging_start, then w / Σw,  w = (k+1)ʳ (largest α so far)²
-        y = β x + (1-β) z,  1-β from 0.1 to 0.035, geometrically, over beta_anneal_steps (0: β stays at 0.9)
+        α = η_k max(0, loss + I) / ê                       sums over all parameters, of all groups
+        z ← z - α² λ y - α m̂ / (√v̂ + ε)                    m, v: Adam's moments
+        x ← (1-c) x + c z,  c = 1 while k < averaging_start, then w / Σw,  w = (k+1)ʳ (largest α)²
+        y = β x + (1-β) z,  1-β from 1 - sf_beta to 0.035, geometrically, over beta_anneal_steps
 
-    step(closure) needs the loss: its mean over all processes and micro-batches, of the gradients that are there after it.
-    lr: what multiplies Polyak's step. averaging_power: r. polyak_beta: βp. All parameters are taken alike (use_muon has no
-    meaning), and gradients should not be clipped, which would make the step longer.
-    Parameters, train(), eval() and errors as for `SFNorMuon`; step() without a closure is a ValueError, except at lr 0.
+    step(closure) needs the loss: its mean over all processes and micro-batches, with their gradients.
+    lr multiplies Polyak's step. averaging_power: r. polyak_beta: βp. beta_anneal_steps 0: β stays.
+    All parameters are taken alike (use_muon has no meaning). Clipped gradients make the step longer.
+    The released class stores the corrected ê as e and so corrects it twice if βp > 0, a hidden warm-up
+    of some hundred steps; this one is the paper's formula.
+    Parameters, train(), eval() and errors as for `SFNorMuon`; step() without a closure is a ValueError,
+    except at lr 0.
     """
+    train, eval = SFNorMuon.train, SFNorMuon.eval
 
-    def __init__(self, params, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, averaging_power=0.0,
-                 averaging_start=0, polyak_beta=0.0, beta_anneal_steps=0, eps=1e-8):
+    def __init__(self, params, lr=1.0, betas=(0.9, 0.95), sf_beta=0.9, weight_decay=0.0, warmup_steps=0,
+                 averaging_power=0.0, averaging_start=0, polyak_beta=0.0, beta_anneal_steps=0, eps=1e-8):
         super().__init__(params, dict(
-            lr=lr, betas=betas, weight_decay=weight_decay, warmup_steps=warmup_steps, averaging_power=averaging_power,
-            averaging_start=averaging_start, polyak_beta=polyak_beta, beta_anneal_steps=beta_anneal_steps, eps=eps,
-            step=0, weight_sum=0.0, beta=0.9, largest_lr=0.0, gradient_sum=0.0, train_mode=True))
+            lr=lr, betas=betas, sf_beta=sf_beta, weight_decay=weight_decay, warmup_steps=warmup_steps,
+            averaging_power=averaging_power, averaging_start=averaging_start, polyak_beta=polyak_beta,
+            beta_anneal_steps=beta_anneal_steps, eps=eps, step=0, weight_sum=0.0, largest_lr=0.0,
+            gradient_sum=0.0, train_mode=True))
 
     def add_param_group(self, group):
         group["use_muon"] = False
         super().add_param_group(group)
-        check_group(group)
-        if not (0 <= group["betas"][0] < 1 and 0 <= group["polyak_beta"] < 1):
-            raise ValueError(f"beta1 and polyak_beta must be in [0, 1), got {group['betas'][0]} and {group['polyak_beta']}")
-        check_not_negative(group, "averaging_power", "averaging_start", "beta_anneal_steps")
+        group["beta"] = group["sf_beta"]  # the β with which y was written
+        check_group(group, "averaging_power", "averaging_start", "beta_anneal_steps")
+        check_beta1(group)
+        if not 0 <= group["polyak_beta"] < 1:
+            raise ValueError(f"polyak_beta must be in [0, 1), got {group['polyak_beta']}")
+        if not 0 < group["sf_beta"] < 1:
+            raise ValueError(f"sf_beta must be in (0, 1), got {group['sf_beta']}")
+
+    def __setstate__(self, state):
+        for group in state["param_groups"]:
+            group.setdefault("sf_beta", 0.9)  # which was fixed before it had a keyword
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = self._begin(closure)
-        moving = list(self._moving())
+        loss = begin_step(self, closure)
+        moving = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in (p for p in params if not self.state.get(p)):
+                self.state[p].update(z=p.detach().clone(), exp_avg=torch.zeros_like(p),
+                                     exp_avg_sq=torch.zeros_like(p))
+            if params and group["lr"] != 0:
+                moving.append((group, params))
         if not moving:
             return loss
         if loss is None:
-            raise ValueError("ScheduleFreePlus needs the loss: call step(closure), with a closure that returns it")
-        polyak, gradient_sum = self._polyak(float(loss), moving)
+            raise ValueError("ScheduleFreePlus needs the loss: give step() a closure that returns it")
+        polyak_step, gradient_sum = self._polyak(float(loss), moving)
         for group, params in moving:
-            old_beta, beta, k = group["beta"], self._annealed_beta(group), group["step"]
-            self._set_beta(group, beta, params)
-            group.update(step=k + 1, gradient_sum=gradient_sum)
-            lr = self._warmed_up_lr(group) * polyak
-            group["largest_lr"] = max(group["largest_lr"], lr, group["eps"])
-            c = self._next_average_weight(group, group["largest_lr"]) if k >= group["averaging_start"] else 1.0
-            y, z, m, v = (local(ts) for ts in (params, *(self._states(params, n) for n in ("z", "exp_avg", "exp_avg_sq"))))
-            g = local([p.grad for p in params])
-            x = torch._foreach_lerp(y, z, 1 - 1 / old_beta)
-            torch._foreach_add_(z, y, alpha=-lr * lr * group["weight_decay"])
-            torch._foreach_lerp_(m, g, 1 - group["betas"][0])
-            u = torch._foreach_div(m, adam_denominator(v, g, group["betas"][1], k + 1, group["eps"]))
-            torch._foreach_add_(z, u, alpha=-lr / (1 - group["betas"][0] ** (k + 1)))
-            torch._foreach_lerp_(x, z, c)
-            torch._foreach_copy_(y, torch._foreach_lerp(x, z, 1 - beta))
+            group["gradient_sum"] = gradient_sum
+            self._step_group(group, params, polyak_step)
         return loss
 
-    def _init_state(self, p, use_muon):
-        self.state[p].update(z=p.detach().clone(), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-
-    def _annealed_beta(self, group):
-        progress = min(1.0, group["step"] / group["beta_anneal_steps"]) if group["beta_anneal_steps"] else 0.0
-        return 1 - 0.1 * (0.035 / 0.1) ** progress
+    def _step_group(self, group, params, polyak_step):
+        k, beta = group["step"], annealed_beta(group)
+        group["step"] = k + 1
+        alpha = float(group["lr"]) * min(1.0, (k + 1) / max(1, group["warmup_steps"])) * polyak_step
+        group["largest_lr"] = max(group["largest_lr"], alpha, group["eps"])
+        c = 1.0
+        if k >= group["averaging_start"]:
+            w = (k + 1) ** group["averaging_power"] * group["largest_lr"] ** 2
+            group["weight_sum"] += w
+            c = w / group["weight_sum"] if group["weight_sum"] else 1.0
+        skipped = [p for p in group["params"] if p.grad is None]
+        if beta != group["beta"]:  # they get their y with the new β
+            towards_z(self, skipped, 1 - 1 / group["beta"], 1 - beta)
+        for p in params:
+            g, y, z = local(p.grad), local(p), local(self.state[p]["z"])
+            m, v = local(self.state[p]["exp_avg"]), local(self.state[p]["exp_avg_sq"])
+            x = y.lerp(z, 1 - 1 / group["beta"])
+            z.sub_(y, alpha=alpha**2 * group["weight_decay"])
+            z.sub_(adamw(g, m, v, k + 1, group), alpha=alpha)
+            x.lerp_(z, c)
+            torch.lerp(x, z, 1 - beta, out=y)
+        group["beta"] = beta
 
     def _polyak(self, loss, moving):
-        """Polyak's step, max(0, loss + I) / ê, and e, from all gradients of all processes: one all-reduce."""
+        """max(0, loss + I) / ê, and e, from all gradients of all processes: one all-reduce."""
         G = I = 0.0
         for group, params in moving:
-            g, y, z = local([p.grad for p in params]), local(params), local(self._states(params, "z"))
-            G = G + sum(torch._foreach_norm(g, 1))
-            inner = sum((a * b).sum() for a, b in zip(g, torch._foreach_sub(z, y)))
-            I = I + self._annealed_beta(group) / group["beta"] * inner  # z - x = (z - y) / β, with the β that y was written with
-        G, I = matrix_sum(torch.stack([G, I]).view(2, 1, 1), moving[0][1][0]).flatten().tolist()
+            for p in params:
+                g, y, z = local(p.grad), local(p), local(self.state[p]["z"])
+                G = G + g.abs().sum()
+                # z - x = (z - y) / β, with the β that y was written with
+                I = I + annealed_beta(group) / group["beta"] * (g * (z - y)).sum()
+        G, I = over_processes(torch.stack([G, I]), moving[0][1][0]).tolist()
         group = max((group for group, _ in moving), key=lambda group: group["step"])
-        e = group["polyak_beta"] * group["gradient_sum"] + (1 - group["polyak_beta"]) * G * math.sqrt(math.pi / 2)
-        corrected = e / (1 - group["polyak_beta"] ** (group["step"] + 1))
+        beta_p = group["polyak_beta"]
+        e = beta_p * group["gradient_sum"] + (1 - beta_p) * G * math.sqrt(math.pi / 2)
+        corrected = e / (1 - beta_p ** (group["step"] + 1))
         return (max(0.0, loss + I) / corrected if corrected > 0 else 0.0), e
 
 
-class MuonAdamW:
-    """torch's own Muon for the groups with use_muon=True and torch's AdamW for the others, as one optimizer."""
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's own Muon for groups with use_muon=True, torch's AdamW for the others, as one optimizer.
 
-    def __init__(self, params, momentum, ns_steps):
-        matrices, others = ([group for group in params if group["use_muon"] == use_muon] for use_muon in (True, False))
-        self.muon = torch.optim.Muon(matrices, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, fused=True)
+    Under `fully_shard` torch's Muon works on whole DTensors, one collective after another: its weights
+    compare, its seconds do not.
+    """
+
+    def __init__(self, params, momentum=0.95, ns_steps=5):
+        matrices, rest = ([g for g in params if g["use_muon"] == kind] for kind in (True, False))
+        self.muon = torch.optim.Muon(matrices, momentum=momentum, ns_steps=ns_steps,
+                                     adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(rest, fused=True)
+        super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
 
     def step(self, closure=None):
-        loss = self.muon.step(closure)
-        self.adamw.step()
+        loss = None if closure is None else closure()
+        for part, kind in ((self.muon, True), (self.adamw, False)):
+            part.param_groups = [group for group in self.param_groups if group["use_muon"] == kind]
+            part.state = self.state  # here too, since load_state_dict() makes new ones
+            part.step()
         return loss
 
-    def state_dict(self):
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
-    @property
-    def param_groups(self):
-        return self.muon.param_groups + self.adamw.param_groups
+# ---- parts that several of them take
 
-    @property
-    def state(self):
-        return {**self.muon.state, **self.adamw.state}
+def nesterov(Ms, gs, momentum):
+    """(1-μ) g + μ M for each matrix, after M ← μ M + (1-μ) g in place."""
+    torch._foreach_lerp_(Ms, gs, 1 - momentum)
+    return torch._foreach_lerp(gs, Ms, momentum)
+
+
+def adamw(g, m, v, t, group):
+    """m̂ / (√v̂ + ε), after m ← β1 m + (1-β1) g and v ← β2 v + (1-β2) g² in place, at t = 1, 2, ..."""
+    beta1, beta2 = group["betas"]
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    return m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+
+
+def annealed_beta(group):
+    """β of ScheduleFree+ at the step to come."""
+    if not group["beta_anneal_steps"]:
+        return group["sf_beta"]
+    start, progress = 1 - group["sf_beta"], min(1.0, group["step"] / group["beta_anneal_steps"])
+    return 1 - start * (0.035 / start) ** progress
+
+
+def check_beta1(group):
+    if not 0 <= group["betas"][0] < 1:
+        raise ValueError(f"beta1 must be in [0, 1), got {group['betas'][0]}")
+
+
+# ---- the registry: to add an optimizer, add its class (here or in a file of its own) and an entry
+
+@dataclass(frozen=True)
+class Entry:
+    """label: its name in tables. scheduled: train.py warms up and schedules its rate, otherwise it warms up
+    by itself and has train() and eval(). build(groups, cfg): makes it from two parameter groups, matrices
+    and the rest (use_muon=False), and the knobs of config.py."""
+    label: str
+    scheduled: bool
+    build: Callable
+
+
+def build_optimizer(cfg, model) -> torch.optim.Optimizer:
+    """The optimizer cfg.optimizer of a model. Raises ValueError for knobs that it cannot take."""
+    matrices, rest = param_groups(model)
+    matrices.update(use_muon=True, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    rest.update(lr=cfg.adam_lr or cfg.lr, betas=cfg.adam_betas, weight_decay=cfg.adam_weight_decay)
+    return OPTIMIZERS[cfg.optimizer].build([matrices, rest], cfg)
+
+
+def all_adamw(groups, cfg):
+    """The groups of an optimizer that knows no matrices."""
+    return [{**group, "use_muon": False, "betas": cfg.betas} for group in groups]
+
+
+OPTIMIZERS = {
+    "sf_normuon": Entry("SF-NorMuon", False, lambda groups, cfg: SFNorMuon(
+        groups, momentum=cfg.momentum, warmup_steps=cfg.warmup_steps, ns_steps=cfg.ns_steps,
+        decay_at=cfg.decay_at, normalize_rows=cfg.normalize_rows,
+        averaging_power=cfg.averaging_power, beta_power=cfg.beta_power)),
+    "sf_adamw": Entry("SF-AdamW", False, lambda groups, cfg: SFNorMuon(
+        all_adamw(groups, cfg), warmup_steps=cfg.warmup_steps, decay_at=cfg.decay_at,
+        averaging_power=cfg.averaging_power, beta_power=cfg.beta_power)),
+    "amuse": Entry("AMUSE", False, lambda groups, cfg: AMUSE(
+        groups, momentum=cfg.momentum, warmup_steps=cfg.warmup_steps, rho=cfg.rho,
+        averaging_power=cfg.averaging_power, ns_steps=cfg.ns_steps)),
+    "schedulefree_plus": Entry("ScheduleFree+", False, lambda groups, cfg: ScheduleFreePlus(
+        all_adamw(groups, cfg), sf_beta=cfg.sf_beta, warmup_steps=cfg.warmup_steps,
+        averaging_power=cfg.averaging_power, averaging_start=cfg.averaging_start,
+        polyak_beta=cfg.polyak_beta, beta_anneal_steps=cfg.beta_anneal_steps)),
+    "adamw": Entry("AdamW", True, lambda groups, cfg: torch.optim.AdamW(
+        all_adamw(groups, cfg), fused=True)),
+    "normuon": Entry("NorMuon", True, lambda groups, cfg: NorMuon(
+        groups, momentum=cfg.momentum, ns_steps=cfg.ns_steps, normalize_rows=cfg.normalize_rows)),
+    "muon": Entry("Muon", True, lambda groups, cfg: MuonAdamW(
+        groups, momentum=cfg.momentum, ns_steps=cfg.ns_steps)),
+}

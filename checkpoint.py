@@ -93,10 +93,6 @@ def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
 
 
 def restore_optimizer(saved: dict, optimizer) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):  # MuonAdamW is two
-        for name in ("muon", "adamw"):
-            restore_optimizer(saved[name], getattr(optimizer, name))
-        return
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # load_state_dict would copy whole tensors to the device
     state = {i: {name: like(value, params[i]) for name, value in s.items()} for i, s in saved["state"].items()}

@@ -57,6 +57,7 @@ class Config:
     rho: float = 0.8  # amuse: how fast the gradient moves from near z to x (in the log, rho is RMS(z))
     averaging_power: float = 0.0  # schedule-free ones: r of the average's weights, tʳ
     beta_power: float = 0.0  # sf_normuon, sf_adamw: p of 1-β1, which falls as (warmup_steps / t)ᵖ
+    sf_beta: float = 0.9  # schedulefree_plus: β, how far y is from z towards x
     averaging_start: int = 0  # schedulefree_plus: steps until the average starts
     polyak_beta: float = 0.0  # schedulefree_plus: of the average of gradient norms
     beta_anneal_steps: int = 0  # schedulefree_plus: steps over which β grows from 0.9 to 0.965

@@ -264,7 +264,7 @@ SIZES = [(32, 32), (64, 24), (24, 64), (3, 2, 20, 48), (5, 7), (1, 16), (16, 1),
 GIVEN = {str(s): randn(*s) for s in SIZES} | {"rank 8 of 32": randn(32, 8) @ randn(8, 40, seed=1)}
 
 
-@pytest.mark.parametrize("scale", [1, 1e-25, 1e25])
+@pytest.mark.parametrize("scale", [1, 1e-15, 1e15])
 @pytest.mark.parametrize("name", GIVEN)
 def test_newton_schulz_brings_singular_values_near_one(name, scale):
     G = GIVEN[name] * scale
@@ -299,7 +299,7 @@ def test_compiled_newton_schulz_compiles_once_per_shape(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **kwargs | {"backend": "aot_eager"}))
     spec = importlib.util.spec_from_file_location("sf_normuon_compiled", sf_normuon.__file__)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    module._iterate = module._compiled()  # on the CPU too
+    module.iteration = module.compile_iteration()  # on the CPU too
     torch._dynamo.reset()
     graphs = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
     for seed in range(3):
@@ -317,7 +317,7 @@ CASES = {
     "decay at y": FAST | {"decay_at": "y"}, "decay nowhere": FAST | {"decay_at": "none"},
     "no decay": FAST | {"weight_decay": 0.0}, "no momentum": FAST | {"momentum": 0.0},
     "rows as they are": FAST | {"normalize_rows": False}, "large eps": FAST | {"eps": 0.1},
-    "betas for all groups": FAST | {"betas": (0.9, 0.95)}, "y is x": FAST | {"betas": (1.0, 0.0)},
+    "betas": FAST | {"betas": (0.6, 0.8)}, "adam_betas": FAST | {"adam_betas": (0.7, 0.9)}, "y is x": FAST | {"betas": (1.0, 0.0), "adam_betas": (1.0, 0.0)},
     "3 Newton-Schulz steps": FAST | {"ns_steps": 3}, "r 2": FAST | {"averaging_power": 2.0},
     "p ½": FAST | {"beta_power": 0.5}, "p ½, no warm-up": FAST | {"beta_power": 0.5, "warmup_steps": 0},
     "r 2, p 1, decay at y": FAST | {"averaging_power": 2.0, "beta_power": 1.0, "warmup_steps": 3, "decay_at": "y"},
@@ -335,7 +335,7 @@ def run_both(options, overrides=({}, {}, {}), factors=(1.0,), missing=(), dtype=
     params, opt = make(weights, cls, overrides, **options, **{} if cls is ScheduleFreePlus else {"ns_dtype": dtype})
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: factors[t % len(factors)])
     refs = [start(w) for w in weights]
-    adamw = {} if "betas" in options or cls is not SFNorMuon else {"betas": (0.95, 0.99)}
+    adamw = {"betas": options.get("adam_betas", (0.95, 0.99))} if cls is SFNorMuon else {}
     groups = [defaults | options | own | override | {"use_muon": i < 2}
               for i, (own, override) in enumerate(zip(({}, {}, adamw), overrides))]
     lrs = [group["lr"] for group in groups]
@@ -397,7 +397,7 @@ def test_sf_adamw_is_the_released_one(warmup_steps, weight_decay):
     weights, grads = draw(SHAPES, 15, F64)
     ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
     knobs = dict(lr=0.05, betas=(0.9, 0.97), eps=1e-6, weight_decay=weight_decay, warmup_steps=warmup_steps)
-    opt = SFNorMuon([{"params": ours, "use_muon": False}], **knobs, decay_at="y")
+    opt = SFNorMuon([{"params": ours, "use_muon": False, "betas": knobs["betas"]}], **knobs, decay_at="y")
     released = schedulefree.AdamWScheduleFree(theirs, **knobs, r=0.0, weight_lr_power=2.0)
     for gs in grads:
         opt.train(), released.train()
@@ -459,7 +459,7 @@ def test_values_out_of_range_are_refused(cls, bad):
 
 
 @spectral
-@pytest.mark.parametrize("shape", [(), (17,), (13, 11, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(), (17,), (13, 11, 17, 2)], ids=str)
 def test_only_matrices_take_the_matrix_step(cls, shape):
     p = nn.Parameter(torch.zeros(shape))
     with pytest.raises(ValueError, match=", ".join(map(str, shape)) or r"\(\)|\[\]"):

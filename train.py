@@ -36,7 +36,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from baselines import AMUSE, MuonAdamW, NorMuon, ScheduleFreePlus
+from baselines import build_optimizer
 from checkpoint import load, lock, restore, save
 from config import MAY_CHANGE, SCHEDULE_FREE, Config, parse
 from data import TokenBatches, read_meta, write_atomically
@@ -44,7 +44,7 @@ from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer, prepare_stdlib
 from distributed import (RANK, WORLD_SIZE, Failure, gather, on_first_process, run, same_everywhere, say, stop_with_parent,
                        together)
-from sf_normuon import SFNorMuon, local
+from sf_normuon import local
 
 QUICKSTART_DATA = "data/stdlib"  # the only folder that is made when it is missing
 PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12,
@@ -58,42 +58,6 @@ class Progress:
     step: int = 0
     train_time_s: float = 0.0  # without evaluation, checkpoints and compilation
     data_step: int = 0  # the step before the first on this data_dir
-
-
-def build_optimizer(cfg: Config, model: GPT):
-    """To add an optimizer: its class, a case here, a config, its name in OPTIMIZERS, in SCHEDULE_FREE if it warms up itself."""
-    matrices = model.hidden_matrices()
-    ids = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in ids]
-    groups = [
-        dict(params=matrices, use_muon=True, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay),
-        dict(params=others, use_muon=False, lr=cfg.adam_lr or cfg.lr, betas=cfg.adam_betas,
-             weight_decay=cfg.adam_weight_decay)]
-    all_adamw = [{**group, "use_muon": False, "betas": cfg.betas} for group in groups]
-    schedule_free = dict(warmup_steps=cfg.warmup_steps, decay_at=cfg.decay_at, averaging_power=cfg.averaging_power,
-                         beta_power=cfg.beta_power)
-    spectral = dict(momentum=cfg.momentum, ns_steps=cfg.ns_steps)
-    try:
-        match cfg.optimizer:
-            case "sf_normuon":
-                return SFNorMuon(groups, **spectral, **schedule_free, normalize_rows=cfg.normalize_rows)
-            case "sf_adamw":
-                return SFNorMuon(all_adamw, **schedule_free)
-            case "amuse":
-                return AMUSE(groups, **spectral, warmup_steps=cfg.warmup_steps, rho=cfg.rho,
-                             averaging_power=cfg.averaging_power)
-            case "schedulefree_plus":
-                return ScheduleFreePlus(all_adamw, warmup_steps=cfg.warmup_steps, averaging_power=cfg.averaging_power,
-                                        averaging_start=cfg.averaging_start, polyak_beta=cfg.polyak_beta,
-                                        beta_anneal_steps=cfg.beta_anneal_steps)
-            case "adamw":
-                return torch.optim.AdamW(all_adamw, fused=True)
-            case "normuon":
-                return NorMuon(groups, **spectral, normalize_rows=cfg.normalize_rows)
-            case "muon":
-                return MuonAdamW(groups, **spectral)
-    except ValueError as e:
-        raise Failure(e, 2)
 
 
 def lr_factor(cfg: Config, step: int, steps: int) -> float:
@@ -189,7 +153,7 @@ def gradient(cfg: Config, model: GPT, data: TokenBatches, batch: int, stop: bool
             micro_loss = model(x, y) / accumulation
         micro_loss.backward()  # processes are averaged by fully_shard
         loss += micro_loss.detach()
-    grads = local([p.grad for p in model.parameters()])
+    grads = [local(p.grad) for p in model.parameters()]
     squares = torch.stack(torch._foreach_norm(grads)).square().sum() / replicas(cfg)
     stats = torch.stack([loss / WORLD_SIZE, squares, torch.tensor(float(stop), device=cfg.device)])
     if WORLD_SIZE > 1:
@@ -389,7 +353,10 @@ def main(argv: list[str]) -> None:
     model = build_model(cfg, vocab_size)
     if cfg.eval_only:
         return print_evaluation(cfg, model, val_data, meta)
-    optimizer = build_optimizer(cfg, model)
+    try:
+        optimizer = build_optimizer(cfg, model)
+    except ValueError as e:
+        raise Failure(e, 2)
     lrs = [group["lr"] for group in optimizer.param_groups]
     steps = max(1, cfg.max_tokens // cfg.total_batch_tokens) if cfg.max_tokens else 0
 
