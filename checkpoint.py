@@ -1,106 +1,150 @@
-"""A run's folder: the lock that keeps others out, and checkpoints that do not depend on the number of processes."""
-import fcntl
+"""A run's folder: lock, log, start, save, resume."""
+import json
 import os
 import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
-
+from config import Config
 from data import write_atomically
+from distributed import Failure, same_everywhere, say, together
+from state import load, restore, save
 
+try:
+    import fcntl
+except ImportError:  # neither Linux nor macOS: no lock and so no training, but reading needs none
+    fcntl = None
+
+# What may differ when a run is resumed. The end matters to schedules only, which may be extended.
+MAY_CHANGE = {"out_dir", "data_dir", "max_tokens", "eval_interval", "log_interval",
+              "checkpoint_interval", "batch_size", "device", "compile", "activation_checkpointing",
+              "shard_size", "resume", "change_data"}  # data_dir: the data is known by its shards
+
+
+@dataclass
+class Progress:
+    """Where a run is, as its checkpoint keeps it."""
+    step: int = 0
+    train_time_s: float = 0.0  # without evaluation, checkpoints and compilation
+    data_step: int = 0  # the step before the first on these shards
+    tokenizer: str = ""
+    shards: dict = field(default_factory=dict)  # name: tokens
+
+
+# ---- lock and log
 
 def lock(folder: Path, patience: float = 15) -> None:
     """Keeps other runs out of the folder for as long as this process lives, however it ends.
 
-    Waits `patience` seconds for one that is about to end, like the orphaned workers of a torchrun that was killed.
-    Raises OSError if it does not, or if the folder cannot be made.
+    Waits `patience` seconds for one that is about to end, like the orphaned workers of a killed
+    torchrun. Raises OSError if it does not, or if the folder cannot be made.
     """
+    if fcntl is None:
+        raise OSError("training needs Linux or macOS: this system cannot lock the folder of a run")
     folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # not closed: the lock ends with the process
+    file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # open for as long as we live
     deadline = time.monotonic() + patience
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise OSError(f"another run is at work in {folder}: wait for its end, or give another folder")
+                raise OSError(f"another run uses {folder}: wait for it, or give another folder")
             time.sleep(0.2)
+        except OSError as e:  # as on some cluster file systems
+            return say(f"(no lock: {e.strerror}; nothing keeps a second run out of {folder})")
 
 
-def save(path: Path, tree, first: bool) -> None:
-    """Writes nested dicts and lists of tensors and plain values as torch.save would, DTensors whole, one tensor after
-    another: no process ever holds more than one whole tensor. A collective; only the `first` process writes.
-
-    Raises OSError there if it cannot, after every process has done its part; `path` is then as it was.
-    """
-    # Lazy: each one is gathered when it is asked for, by all processes.
-    tensors = (v.full_tensor() if isinstance(v, DTensor) else v for v in tree_leaves(tree) if isinstance(v, Tensor))
-
-    def write(file):
-        with FakeTensorMode():  # for tensors without memory torch.save leaves room, and torch.load says where
-            layout = tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v, tree)
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(layout, file)
-            file.flush()
-            layout = torch.load(file.name, weights_only=True)
-        places = [v.untyped_storage()._checkpoint_offset for v in tree_leaves(layout) if isinstance(v, Tensor)]
-        for offset, tensor in zip(places, tensors):
-            file.seek(offset)
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
+def append(log, **values) -> None:
+    """Writes a line of log.jsonl, on the process that has it open."""
     try:
-        if first:
-            write_atomically(path, write)
-    finally:
-        for _ in tensors:  # each one is a collective
-            pass
+        if log:
+            log.write(json.dumps(values).encode() + b"\n")
+    except OSError as e:
+        raise OSError(f"{log.name} could not be written: {e}")
 
 
-def load(path: Path) -> dict:
-    """Maps the file, or ckpt.pt in a folder: its tensors are read when they are copied.
-
-    Raises FileNotFoundError if there is none, ValueError if it is not a whole checkpoint.
-    """
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not {"model", "model_config", "optimizer", "config", "step", "tokens", "train_time_s"} <= saved.keys():
-            raise KeyError("keys")
-        if not all(isinstance(saved[key], dict) for key in ("model", "model_config", "optimizer", "config")):
-            raise TypeError("no dict")
-        return saved
-    except Exception as e:  # noise can fail in any way
-        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
-
-
-def restore(saved: dict, model: nn.Module, optimizer=None) -> None:
-    """Copies the checkpoint, or this process's rows of it, into the model and the optimizer. Not a collective.
-
-    Raises ValueError if it is of another model or of other parameter groups.
-    """
-    weights = model.state_dict()
-    if {name: t.shape for name, t in saved["model"].items()} != {name: p.shape for name, p in weights.items()}:
-        raise ValueError("does not hold the model that it describes")
-    model.load_state_dict({name: like(saved["model"][name], p) for name, p in weights.items()})
-    if optimizer is not None:
-        restore_optimizer(saved["optimizer"], optimizer)
+def start(cfg: Config, now: Progress) -> None:
+    """Leaves in the folder what belongs to the first now.step steps of this run."""
+    out_dir, step = Path(cfg.out_dir), now.step
+    log, ckpt = out_dir / "log.jsonl", out_dir / "ckpt.pt"
+    if step == 0 and ckpt.exists():
+        size = ckpt.stat().st_size / 1e6
+        print(f"replacing the run in {out_dir} ({size:.1f} MB of checkpoint, and its log)")
+        ckpt.unlink()
+    lines = []
+    if step and log.exists():
+        for line in log.read_bytes().splitlines():
+            with suppress(ValueError):  # the last line may have been cut by a kill
+                if json.loads(line)["step"] <= step:
+                    lines.append(line.rstrip() + b"\n")
+    if 0 < step == now.data_step:  # other data from here on; the next step's, so that it can be cut
+        change = dict(step=step + 1, tokens=step * cfg.total_batch_tokens, data_dir=cfg.data_dir)
+        lines.append(json.dumps(change).encode() + b"\n")
+    write_atomically(log, lambda file: file.writelines(lines))
+    text = json.dumps(asdict(cfg), indent=1) + "\n"
+    write_atomically(out_dir / "config.json", lambda file: file.write(text.encode()))
 
 
-def restore_optimizer(saved: dict, optimizer) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    # load_state_dict would copy whole tensors to the device
-    state = {i: {name: like(value, params[i]) for name, value in s.items()} for i, s in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": state})
+# ---- a run's checkpoint
+
+def save_checkpoint(cfg: Config, model, optimizer, now: Progress) -> None:
+    """The optimizer is in eval mode, so the model in the checkpoint is x."""
+    save(Path(cfg.out_dir) / "ckpt.pt", {
+        "model": dict(model.state_dict()), "optimizer": optimizer.state_dict(),
+        "model_config": asdict(model.config), "config": asdict(cfg), **asdict(now),
+        "tokens": now.step * cfg.total_batch_tokens})
 
 
-def like(value: Tensor, p: Tensor) -> Tensor:
-    """A copy of the whole tensor `value`, on the device of p and sharded as p is."""
-    if not isinstance(p, DTensor) or value.ndim == 0:
-        return value.to(p.device, copy=True)
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).clone()
+def load_weights(cfg: Config, model, tokenizer: str) -> dict:
+    """Copies the weights of cfg.init_from, which must be of such a model and tokenizer."""
+    saved = load(Path(cfg.init_from))
+    if (other := saved.get("tokenizer", tokenizer)) != tokenizer:
+        raise Failure(f"{cfg.init_from} was trained on {other} tokens, "
+                      f"{cfg.data_dir} holds {tokenizer} tokens", 2)
+    for key, value in asdict(model.config).items():
+        if key != "block_size" and (other := saved["model_config"].get(key)) != value:
+            raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {other!r}: "
+                          "give its config", 2)
+    restore(cfg.init_from, saved, model)
+    return saved
+
+
+def resume(cfg: Config, model, optimizer, now: Progress) -> None:
+    """Goes back to the checkpoint, or to the weights of init_from. `now` comes with the data."""
+    ckpt = Path(cfg.out_dir) / "ckpt.pt"
+
+    def put():
+        if not (cfg.resume and ckpt.exists()):
+            return load_weights(cfg, model, now.tokenizer) if cfg.init_from else None
+        try:
+            saved = load(ckpt)
+            data_step = check_resume(cfg, model, now, ckpt, saved)
+            restore(ckpt, saved, model, optimizer)
+        except (OSError, ValueError) as e:
+            raise Failure(f"{e}: put a copy in its place, or start over with --resume=False")
+        now.step, now.train_time_s, now.data_step = saved["step"], saved["train_time_s"], data_step
+
+    together(put)
+    same_everywhere(f"the step of {ckpt}, which all nodes must share,", now.step)
+
+
+def check_resume(cfg: Config, model, now: Progress, ckpt: Path, saved: dict) -> int:
+    """Refuses a checkpoint of another run. Returns the step before the first on these shards."""
+    way_out = "or start over with --resume=False or in another --out_dir"
+    before = {**saved["config"], **saved["model_config"]}
+    for key, value in {**asdict(cfg), **asdict(model.config)}.items():
+        if key not in MAY_CHANGE and before.get(key, value) != value:
+            raise Failure(f"{key} is {value!r}, but {ckpt} was made with {before[key]!r}: "
+                          f"go on with that, {way_out}", 2)
+    if "shards" in saved:
+        same = (saved["shards"], saved["tokenizer"]) == (now.shards, now.tokenizer)
+    else:  # an old checkpoint
+        same = before["data_dir"] == cfg.data_dir
+    if same:
+        return saved.get("data_step", 0)
+    if not cfg.change_data:
+        raise Failure(f"data_dir {cfg.data_dir} does not hold the shards of {ckpt}: go on with "
+                      f"those, with these by --change_data=True, {way_out}", 2)
+    return saved["step"]

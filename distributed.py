@@ -9,16 +9,17 @@ import time
 import torch.distributed as dist
 from tqdm import tqdm
 
-RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in
+RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # processes on this node
 
 
 class Failure(Exception):
-    """Ends the run with one line. status 2: asked wrongly; 1: failed while running. `local`: only this process knows."""
+    """Ends all processes with one line. status 2: usage error; 1: failed while running."""
 
-    def __init__(self, message: str, status: int = 1, local: bool = False):
+    def __init__(self, message, status: int = 1):
         super().__init__(" ".join(str(message).split()))
-        self.status, self.local = status, local
+        self.status = status
 
 
 def say(text: str) -> None:
@@ -35,14 +36,13 @@ def gather(value) -> list:
 
 
 def together(function):
-    """Calls it on every process and returns its result; if it fails on one, all fail with what that one says."""
+    """Calls it on every process and returns its result; if one fails, all fail with its line."""
     result = failure = None
     try:
         result = function()
-    except Failure as e:
-        failure = e
-    except OSError as e:
-        failure = Failure(e)
+    except (Failure, OSError, ValueError) as e:
+        status = 2 if isinstance(e, FileNotFoundError) else 1  # the user named what is missing
+        failure = e if isinstance(e, Failure) else Failure(e, status)
     for rank, failure in enumerate(gather(failure)):
         if failure:
             raise Failure(f"process {rank}: {failure}" if rank else failure, failure.status)
@@ -57,11 +57,12 @@ def on_first_process(function) -> None:
 def same_everywhere(what: str, value) -> None:
     values = gather(value)
     if len(set(values)) > 1:
-        raise Failure(f"{what} differs between processes: {', '.join(f'{v} on {r}' for r, v in enumerate(values))}")
+        listed = ", ".join(f"{v} on {r}" for r, v in enumerate(values))
+        raise Failure(f"{what} differs between processes: {listed}")
 
 
 def stop_with_parent(parent: int) -> None:
-    """Ends this process when the torchrun that started it has gone, however that was killed."""
+    """Ends this process after the torchrun that started it, however that was killed."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -76,18 +77,20 @@ def run(main, argv: list[str]) -> None:
         main(argv)
     except Failure as e:
         status, message = e.status, str(e)
-        if RANK and not e.local:  # the first process says it; do not let torchrun end that one before it does
+        # The first process says it (of each node, before they met); torchrun ends all when one ends
+        if RANK if dist.is_initialized() else LOCAL_RANK:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10 if dist.is_torchelastic_launched() else 0)
             message = None
-    except OSError as e:
-        status, message = 1, str(e)
+    except (OSError, ValueError) as e:  # of this process alone
+        status, message = 1, " ".join(str(e).split())
     except (RuntimeError, MemoryError) as e:
-        status = 1
-        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
-            message = f"out of memory: lower batch_size, or give --activation_checkpointing=True ({str(e).splitlines()[0]})"
-        elif isinstance(e, dist.DistError) or "gloo" in str(e):
-            message = f"process {RANK} stopped, because another one has gone"
+        status, cause = 1, e.__cause__ or e
+        if isinstance(cause, dist.DistError) or "gloo" in str(cause):
+            message = f"process {RANK} stopped, because another one ended"
+        elif isinstance(e, MemoryError) or re.search("out of memory|can't allocate", str(e)):
+            message = ("out of memory: lower batch_size, or give --activation_checkpointing=True "
+                       f"({str(e).splitlines()[0]})")
         else:
             raise
     if message:
@@ -98,7 +101,7 @@ def run(main, argv: list[str]) -> None:
         gloo = dist.get_backend() == "gloo"
         if not status:
             dist.destroy_process_group()
-        if status or gloo:  # without waiting for the others; gloo's threads sometimes abort an ordinary exit
+        if status or gloo:  # waits for nobody; gloo's threads sometimes abort an ordinary exit
             sys.stdout.flush()
             os._exit(status)
     sys.exit(status)

@@ -109,9 +109,15 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd, eps=1e-5)
         self.cross_entropy = cross_entropy  # train.py may compile it, as it does the blocks
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # as GPT-2: what adds to the residual stream starts smaller, the more layers there are
-                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            self.initialize(name, p)
+
+    def initialize(self, name: str, weight: Tensor) -> None:
+        """Draws the first value of the parameter `name` into `weight`, which need not be that parameter."""
+        if weight.ndim == 2:  # as GPT-2: what adds to the residual stream starts smaller, the more layers there are
+            residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+        else:
+            nn.init.ones_(weight)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """idx: (B, T) int64, T <= block_size. Returns logits (B, T, vocab_size), or with targets, (B, T) int64, the mean

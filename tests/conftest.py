@@ -58,7 +58,7 @@ def run_as_main(cwd, argv, environment, file_limit):
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     torch.set_num_threads(1)
-    for name in ("config", "distributed"):  # which read the environment
+    for name in ("distributed", "config", "state", "checkpoint", "evaluate"):  # which know the environment
         sys.modules.pop(name, None)
     sys.argv = [TRAIN, *argv]
     runpy.run_path(TRAIN, run_name="__main__")
