@@ -87,10 +87,10 @@ def test_the_quickstart_trains_on_a_card_with_every_optimizer(cwd, log, optimize
 
 
 def test_a_run_resumes_on_a_card_and_goes_on_as_without_a_stop(cwd, place):
-    whole = Run(place("whole"), command=H100, **TINY_CARD).wait()
-    knobs = {**TINY_CARD, "max_tokens": 2 * TINY["total_batch_tokens"]}
-    Run(cwd, command=H100, **knobs).wait()
-    resumed = Run(cwd, command=H100, **TINY_CARD).wait()
+    knobs = {**TINY_CARD, "checkpoint_interval": 2}
+    whole = Run(place("whole"), command=H100, **knobs).wait()
+    Run(cwd, command=H100, **{**knobs, "max_tokens": 2 * TINY["total_batch_tokens"]}).wait()
+    resumed = Run(cwd, command=H100, **knobs).wait()
     assert "going on from" in resumed.out
     assert_same(resumed.checkpoint(), whole.checkpoint())
 
