@@ -1,4 +1,4 @@
-"""The rivals that torch does not ship, each as its authors give it, and the registry of all optimizers.
+"""The rivals that torch does not ship, as their authors give them, and the registry of optimizers.
 
 The conventions are those of `SFNorMuon`: groups with use_muon, state made at the first gradient, a
 parameter without a gradient skipped, nothing moved or counted at lr 0.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sf_normuon import (SFNorMuon, adamw_directions, begin_step, check_gradients, check_group, local,
+from sf_normuon import (SFNorMuon, adamw_directions, begin_step, check_group, local,
                         normuon_directions, over_processes, param_groups, polar, same_shape, states,
                         towards_z)
 
@@ -21,16 +21,15 @@ class NorMuon(torch.optim.Optimizer):
         v ← β2 v + (1-β2) rowmean(P²),  P̂ = P / (√v + ε)
         p ← (1 - η λ) p - 0.2 η √(mn) / ‖P̂‖_F · P̂
 
-    Groups with use_muon=False take AdamW's step. normalize_rows=False is Muon with its step normalized.
-    Parameters, groups and errors as for `SFNorMuon`; there is no train() and eval(), and warm-up is the
-    schedule's.
+    Groups with use_muon=False take AdamW's step. normalize_rows=False: Muon, its step normalized.
+    Parameters, groups and errors as for `SFNorMuon`; no train() and eval(), no warm-up of its own.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.05,
                  eps=1e-8, ns_steps=5, ns_dtype=None, normalize_rows=True):
         super().__init__(params, dict(
-            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, eps=eps,
-            ns_steps=ns_steps, ns_dtype=ns_dtype, normalize_rows=normalize_rows, use_muon=True, step=0))
+            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, eps=eps, step=0,
+            ns_steps=ns_steps, ns_dtype=ns_dtype, normalize_rows=normalize_rows, use_muon=True))
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -39,9 +38,7 @@ class NorMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        check_gradients(self)
+        loss = begin_step(self, closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in (p for p in params if not self.state.get(p)):
@@ -82,18 +79,19 @@ class AMUSE(torch.optim.Optimizer):
         c0 = c at T0
 
     Groups with use_muon=False: z ← (1 - η_t λ) z - η_t g / (√v̂ + ε), with β2. averaging_power: r.
-    warmup_steps: T0, from which β grows: it is part of the method and grows with the length of a run
-    (the authors' is 6,000 of 16,000 steps), and below 2 a ValueError, since c0 = 1 would make β jump to 1.
+    warmup_steps: T0, from which β grows, so it belongs to the length of a run (the authors' is
+    6,000 of 16,000 steps). Below 2 it is a ValueError, since c0 = 1 would make β jump to 1.
     Parameters, groups, train(), eval() and errors as for `SFNorMuon`.
     """
     train, eval = SFNorMuon.train, SFNorMuon.eval
 
     def __init__(self, params, lr=0.01, betas=(0.6, 0.999), momentum=0.95, weight_decay=0.05,
-                 warmup_steps=6000, rho=0.8, averaging_power=0.0, eps=1e-10, ns_steps=5, ns_dtype=None):
+                 warmup_steps=6000, rho=0.8, averaging_power=0.0, eps=1e-10, ns_steps=5,
+                 ns_dtype=None):
         super().__init__(params, dict(
-            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            rho=rho, averaging_power=averaging_power, eps=eps, ns_steps=ns_steps, ns_dtype=ns_dtype,
-            use_muon=True, step=0, weight_sum=0.0, c0=1.0, train_mode=True))
+            lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, eps=eps, rho=rho,
+            warmup_steps=warmup_steps, averaging_power=averaging_power, ns_steps=ns_steps,
+            ns_dtype=ns_dtype, use_muon=True, step=0, weight_sum=0.0, c0=1.0, train_mode=True))
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -127,7 +125,7 @@ class AMUSE(torch.optim.Optimizer):
             group["c0"] = c
         else:
             S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
-            beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 if lr is raised from outside
+            beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 if lr is raised on the way
         skipped = [p for p in group["params"] if p.grad is None]
         if beta != group["beta"]:  # they get their y with the new β
             towards_z(self, skipped, 1 - 1 / group["beta"], 1 - beta)
@@ -152,29 +150,29 @@ class AMUSE(torch.optim.Optimizer):
 class ScheduleFreePlus(torch.optim.Optimizer):
     """ScheduleFree+ (arXiv:2605.19095): schedule-free AdamW whose rate is Polyak's step.
 
-        G = Σ|g|,  I = β Σ⟨g, z-x⟩,  e ← βp e + (1-βp) √(π/2) G,  ê = e / (1 - βp^(k+1)),  k = 0, 1, ...
-        α = η_k max(0, loss + I) / ê                       sums over all parameters, of all groups
+        G = Σ|g|,  I = β Σ⟨g, z-x⟩                         over all parameters, at k = 0, 1, ...
+        e ← βp e + (1-βp) √(π/2) G,  ê = e / (1 - βp^(k+1))
+        α = η_k max(0, loss + I) / ê
         z ← z - α² λ y - α m̂ / (√v̂ + ε)                    m, v: Adam's moments
         x ← (1-c) x + c z,  c = 1 while k < averaging_start, then w / Σw,  w = (k+1)ʳ (largest α)²
         y = β x + (1-β) z,  1-β from 1 - sf_beta to 0.035, geometrically, over beta_anneal_steps
 
-    step(closure) needs the loss: its mean over all processes and micro-batches, with their gradients.
-    lr multiplies Polyak's step. averaging_power: r. polyak_beta: βp. beta_anneal_steps 0: β stays.
-    All parameters are taken alike (use_muon has no meaning). Clipped gradients make the step longer.
-    The released class stores the corrected ê as e and so corrects it twice if βp > 0, a hidden warm-up
-    of some hundred steps; this one is the paper's formula.
-    Parameters, train(), eval() and errors as for `SFNorMuon`; step() without a closure is a ValueError,
-    except at lr 0.
+    step(closure) needs the loss, the mean over all processes and micro-batches; without a closure
+    it raises ValueError, except at lr 0. lr multiplies Polyak's step. averaging_power: r.
+    polyak_beta: βp. beta_anneal_steps 0: β stays. use_muon has no meaning. Clipped gradients make
+    the step longer. The released class stores ê in the place of e, and so corrects it twice if
+    βp > 0: a hidden warm-up of some hundred steps. This one is the formula. Parameters, train(), eval(): as for `SFNorMuon`.
     """
     train, eval = SFNorMuon.train, SFNorMuon.eval
 
-    def __init__(self, params, lr=1.0, betas=(0.9, 0.95), sf_beta=0.9, weight_decay=0.0, warmup_steps=0,
-                 averaging_power=0.0, averaging_start=0, polyak_beta=0.0, beta_anneal_steps=0, eps=1e-8):
+    def __init__(self, params, lr=1.0, betas=(0.9, 0.95), sf_beta=0.9, weight_decay=0.0,
+                 warmup_steps=0, averaging_power=0.0, averaging_start=0, polyak_beta=0.0,
+                 beta_anneal_steps=0, eps=1e-8):
         super().__init__(params, dict(
-            lr=lr, betas=betas, sf_beta=sf_beta, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            averaging_power=averaging_power, averaging_start=averaging_start, polyak_beta=polyak_beta,
-            beta_anneal_steps=beta_anneal_steps, eps=eps, step=0, weight_sum=0.0, largest_lr=0.0,
-            gradient_sum=0.0, train_mode=True))
+            lr=lr, betas=betas, sf_beta=sf_beta, weight_decay=weight_decay, eps=eps, step=0,
+            warmup_steps=warmup_steps, averaging_power=averaging_power, weight_sum=0.0,
+            averaging_start=averaging_start, polyak_beta=polyak_beta, largest_lr=0.0,
+            beta_anneal_steps=beta_anneal_steps, gradient_sum=0.0, train_mode=True))
 
     def add_param_group(self, group):
         group["use_muon"] = False
@@ -206,7 +204,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         if not moving:
             return loss
         if loss is None:
-            raise ValueError("ScheduleFreePlus needs the loss: give step() a closure that returns it")
+            raise ValueError("ScheduleFreePlus needs the loss: give step() a closure for it")
         polyak_step, gradient_sum = self._polyak(float(loss), moving)
         for group, params in moving:
             group["gradient_sum"] = gradient_sum
@@ -254,10 +252,10 @@ class ScheduleFreePlus(torch.optim.Optimizer):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's own Muon for groups with use_muon=True, torch's AdamW for the others, as one optimizer.
+    """torch's own Muon for groups with use_muon=True and torch's AdamW for the others, as one.
 
-    Under `fully_shard` torch's Muon works on whole DTensors, one collective after another: its weights
-    compare, its seconds do not.
+    Under `fully_shard` torch's Muon makes a collective of every product (91 for six matrices, where
+    `polar` makes 9): its losses compare there, its seconds do not.
     """
 
     def __init__(self, params, momentum=0.95, ns_steps=5):
@@ -285,7 +283,7 @@ def nesterov(Ms, gs, momentum):
 
 
 def adamw(g, m, v, t, group):
-    """m̂ / (√v̂ + ε), after m ← β1 m + (1-β1) g and v ← β2 v + (1-β2) g² in place, at t = 1, 2, ..."""
+    """m̂ / (√v̂ + ε) at t = 1, 2, ..., after m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g² in place."""
     beta1, beta2 = group["betas"]
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -309,9 +307,10 @@ def check_beta1(group):
 
 @dataclass(frozen=True)
 class Entry:
-    """label: its name in tables. scheduled: train.py warms up and schedules its rate, otherwise it warms up
-    by itself and has train() and eval(). build(groups, cfg): makes it from two parameter groups, matrices
-    and the rest (use_muon=False), and the knobs of config.py."""
+    """label: its name in tables. scheduled: train.py warms up and schedules its rate; otherwise it
+    warms up by itself and has train() and eval(). build(groups, cfg): makes it from two parameter
+    groups, matrices and the rest (use_muon=False), and the knobs of config.py.
+    """
     label: str
     scheduled: bool
     build: Callable

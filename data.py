@@ -1,11 +1,14 @@
 """Token shards on disk, and the batches that are cut from them.
 
-A shard is 256 little-endian int32 (magic, version, number of tokens, then zeros) followed by that many
-little-endian uint16: the format of llm.c, modded-nanogpt and dion, named <name>_train_000000.bin and so on.
+A shard is 256 little-endian int32 (magic, version, number of tokens, then zeros), then that many
+little-endian uint16: the format of llm.c, modded-nanogpt and dion. Ours are <name>_train_000000.bin
+and so on; any .bin file counts whose name has the word train or val in it.
 """
+import errno
 import json
 import os
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,8 +17,16 @@ import numpy as np
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
+@lru_cache(maxsize=None)
+def warn_once(message):
+    print("warning:", message, file=sys.stderr, flush=True)
+
+
 def write_atomically(path, write):
-    """Calls write(file) and puts what it wrote in the place of `path`, or raises OSError and leaves `path` as it was."""
+    """Calls write(file) and puts what it wrote in the place of `path`.
+
+    OSError if that fails; `path` is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -24,16 +35,29 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
-        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save raises both
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {e}")
+    sync_folder(path.parent)
+
+
+def sync_folder(path):
+    """Make the names in a folder survive a loss of power, where the file system can do that."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        if e.errno == errno.EIO:
+            raise OSError(f"{path}: a new file in it may be lost: {e.strerror}")
+        warn_once(f"this file system cannot sync a folder ({e.strerror}): "
+                  "a loss of power may undo the last files written")
 
 
 def write_shard(path, tokens):
-    """Write tokens (any one-dimensional sequence of integers below 65536) as a shard, whole or not at all.
+    """Write tokens (one-dimensional, integers below 65536) as a shard, whole or not at all.
 
     ValueError if a token does not fit in 16 bits or there are more than the header can count.
     """
@@ -44,11 +68,12 @@ def write_shard(path, tokens):
         raise ValueError(f"{path}: {tokens.size} tokens are too many for one shard")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    write_atomically(path, lambda file: file.writelines([header.data, np.ascontiguousarray(tokens, "<u2").data]))
+    parts = [header.data, np.ascontiguousarray(tokens, "<u2").data]
+    write_atomically(path, lambda file: file.writelines(parts))
 
 
 def shard_length(path):
-    """Number of tokens in a shard, from its header and the size of the file. ValueError if they are wrong."""
+    """Number of tokens in a shard. ValueError if its header or the file's size is wrong."""
     with open(path, "rb") as f:
         header, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
     if len(header) < HEADER_BYTES:
@@ -59,12 +84,13 @@ def shard_length(path):
     if version != VERSION:
         raise ValueError(f"{path}: unknown shard version {version} (expected {VERSION})")
     if size != HEADER_BYTES + 2 * n:
-        raise ValueError(f"{path}: header counts {n} tokens, but the file holds {(size - HEADER_BYTES) / 2:g}")
+        held = (size - HEADER_BYTES) / 2
+        raise ValueError(f"{path}: header counts {n} tokens, but the file holds {held:g}")
     return n
 
 
 def read_shard(path):
-    """Memory map of a shard's tokens, uint16 (n,), read-only. ValueError if it is not a whole shard."""
+    """Memory map of a shard's tokens, uint16 (n,), read-only. ValueError if it is not whole."""
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(shard_length(path),))
 
 
@@ -76,8 +102,8 @@ def check_folder(data_dir):
 def read_meta(data_dir):
     """What meta.json says about the tokens: at least tokenizer (str) and vocab_size (int).
 
-    Shards without a meta.json are taken as GPT-2's. FileNotFoundError if there is no such folder, ValueError if the file
-    does not parse or lacks one of the two.
+    Shards without a meta.json are taken as GPT-2's. FileNotFoundError if there is no such folder,
+    ValueError if the file does not parse or lacks one of the two.
     """
     check_folder(data_dir)
     path = os.path.join(data_dir, "meta.json")
@@ -98,36 +124,48 @@ def read_meta(data_dir):
 # A batch may straddle two shards or two epochs: two orders of shards and two of sequences.
 @lru_cache(maxsize=4)
 def permutation(n, *key):
-    return np.random.RandomState(key).permutation(n)  # legacy: its stream is the same in every numpy version
+    return np.random.RandomState(key).permutation(n)  # legacy: the same in every version of numpy
+
+
+def split_of(name):
+    """"train", "val" or None: the last of these words in the name of a .bin file.
+
+    The last, since the name of the folder, and so of its shards, may itself contain _val_.
+    """
+    words = re.findall(r"(?<![a-z])(?:train|val)(?![a-z])", name) if name.endswith(".bin") else []
+    return words[-1] if words else None
 
 
 class TokenBatches:
     """The training or validation sequences of a folder of shards, each addressed by its position.
 
-    A shard of n tokens gives (n - 1) // block_size sequences of block_size + 1 tokens, neighbours sharing one.
-    len() counts those of all shards. Positions count on from the start of training, over epochs: in every epoch
-    each training sequence comes exactly once, shards in a new order and the sequences inside each in a new order.
-    What stands at a position depends on (seed, position) alone. Validation sequences stay in natural order.
+    A shard of n tokens gives (n - 1) // block_size sequences of block_size + 1 tokens, neighbours
+    sharing one. len() counts those of all shards. Positions count on from the start of training, over
+    epochs: in every epoch each training sequence comes exactly once, shards and the sequences inside
+    each in a new order. What stands at a position depends on (seed, position) alone. Validation
+    sequences stay in natural order.
 
-    FileNotFoundError if the folder or its shards are missing, ValueError for a broken shard or if all are too short.
+    FileNotFoundError if the folder or its shards are missing, ValueError for a broken shard or if all
+    are too short.
     """
 
     def __init__(self, data_dir, split, block_size, vocab_size, seed=0):
         check_folder(data_dir)
-        shards = sorted(name for name in os.listdir(data_dir) if re.search(r"_(train|val)_\d+\.bin$", name))
+        splits = {name: split_of(name) for name in sorted(os.listdir(data_dir))}
+        if not any(splits.values()):
+            raise FileNotFoundError(f"{data_dir}: no token shards here; prepare_fineweb.py makes some")
+        shards = [os.path.join(data_dir, name) for name in splits if splits[name] == split]
         if not shards:
-            raise FileNotFoundError(f"{data_dir}: no token shards in this folder; prepare_fineweb.py makes some")
-        # anchored at the end: the folder, and so the name of its shards, may itself contain _val_
-        shards = [os.path.join(data_dir, name) for name in shards if re.search(rf"_{split}_\d+\.bin$", name)]
-        if not shards:
-            raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin) in this folder")
+            raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin) here")
         lengths = {path: shard_length(path) for path in shards}
         self.lengths = {path: n for path, n in lengths.items() if n > block_size}
         if not self.lengths:
-            raise ValueError(f"{data_dir}: no {split} shard holds block_size + 1 = {block_size + 1} tokens")
+            raise ValueError(f"{data_dir}: no {split} shard holds block_size + 1 = {block_size + 1} "
+                             "tokens")
         self.paths = list(self.lengths)
         self.sequences = np.array([(n - 1) // block_size for n in self.lengths.values()])
-        self.split, self.block_size, self.vocab_size, self.seed = split, block_size, vocab_size, seed
+        self.split, self.block_size = split, block_size
+        self.vocab_size, self.seed = vocab_size, seed
 
     def __len__(self):
         return int(self.sequences.sum())
@@ -136,31 +174,37 @@ class TokenBatches:
         """(shard, sequence inside the shard) at a position."""
         epoch, i = divmod(int(position), len(self))
         shuffled = self.split == "train"
-        order = permutation(len(self.paths), self.seed, epoch) if shuffled else np.arange(len(self.paths))
+        n = len(self.paths)
+        order = permutation(n, self.seed, epoch) if shuffled else np.arange(n)
         ends = self.sequences[order].cumsum()
         k = ends.searchsorted(i, side="right")
         shard, i = int(order[k]), i - int(ends[k] - self.sequences[order[k]])
-        return shard, int(permutation(int(self.sequences[shard]), self.seed, epoch, shard)[i]) if shuffled else i
+        if shuffled:
+            i = int(permutation(int(self.sequences[shard]), self.seed, epoch, shard)[i])
+        return shard, i
 
     def get(self, positions):
         """(inputs, targets), both int64 (len(positions), block_size), targets one token ahead.
 
-        ValueError names the shard that holds a token beyond vocab_size, or that is no longer what it was when
-        opened; OSError if it is gone.
+        ValueError names the shard that holds a token beyond vocab_size, or that is no longer what it
+        was when opened; OSError if it is gone.
         """
-        import torch  # here: prepare_fineweb.py's workers import this file and have no use for torch
+        import torch  # here: prepare_fineweb.py's workers, which import this file, do not need it
 
         batch = np.empty((len(positions), self.block_size + 1), np.int64)
-        maps = {}  # only for the duration of a batch: the pages of a map stay resident as long as it lives
+        maps = {}  # for one batch only: the pages of a map stay resident as long as it lives
         for row, position in zip(batch, positions):
             shard, sequence = self.locate(position)
             path = self.paths[shard]
             if path not in maps:
                 maps[path] = read_shard(path)
                 if len(maps[path]) != self.lengths[path]:
-                    raise ValueError(f"{path}: changed while in use ({self.lengths[path]} tokens when opened)")
+                    raise ValueError(f"{path}: changed while in use "
+                                     f"({self.lengths[path]} tokens when opened)")
             row[:] = maps[path][sequence * self.block_size : (sequence + 1) * self.block_size + 1]
             if row.max() >= self.vocab_size:
-                raise ValueError(f"{path}: holds token {row.max()}, beyond vocab_size {self.vocab_size}")
+                raise ValueError(f"{path}: holds token {row.max()}, beyond vocab_size "
+                                 f"{self.vocab_size}")
         batch = torch.from_numpy(batch)
-        return batch[:, :-1].clone(), batch[:, 1:].clone()  # clones, since contiguous() of a single row would share it
+        # clones, since contiguous() of a single row would share it
+        return batch[:, :-1].clone(), batch[:, 1:].clone()

@@ -1,8 +1,8 @@
 """Text from a checkpoint, streamed as it is made.
 
-    python sample.py runs/quickstart --prompt "def main("                 a run's folder, or a ckpt.pt
-    python sample.py runs/quickstart --prompt=FILE:start.txt --samples=3 --temperature=0.7 --top_p=0.9
-    python sample.py runs/quickstart --temperature=0                      a document from its start, the likeliest one
+    python sample.py runs/quickstart --prompt "def main("         a run's folder, or a ckpt.pt
+    python sample.py runs/quickstart --prompt=FILE:start.txt --samples=3 --top_p=0.9
+    python sample.py runs/quickstart --temperature=0              the likeliest document
 """
 import argparse
 import codecs
@@ -12,9 +12,9 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C, or a reader that has seen enough: just end
-        signal.signal(number, signal.SIG_DFL)
+if __name__ == "__main__":  # before the imports that take seconds
+    for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:  # Ctrl-C, or a reader like `head`: just end
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import torch
 
@@ -25,22 +25,23 @@ from prepare_fineweb import get_tokenizer
 
 
 def load_run(run, device="cpu"):
-    """The model, in float32, the tokenizer and the whole checkpoint of a run's folder or of a ckpt.pt.
+    """Returns the model in float32, the tokenizer and the whole checkpoint.
 
-    FileNotFoundError if there is none, ValueError if it is damaged or its tokenizer cannot be had.
+    run: a run's folder, or a ckpt.pt. Raises FileNotFoundError if there is none, and ValueError if
+    it is damaged or its tokenizer cannot be loaded.
     """
     path = Path(run)
     saved = load(path)
     try:
-        with torch.device("meta"):  # the weights are the file's
+        with torch.device("meta"):  # the weights come from the file
             model = GPT(GPTConfig(**saved["model_config"]))
         model.load_state_dict(saved["model"], assign=True)
     except (RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} does not hold the model that it describes: {str(e):.100}") from None
+        raise ValueError(f"{path} does not hold the model it describes: {str(e):.100}") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{path} holds weights that are not finite: take an earlier copy")
     vocab_size, name = model.config.vocab_size, saved.get("tokenizer")
-    if name is None:  # an old checkpoint
+    if name is None:  # old checkpoints do not say
         try:
             name = read_meta(saved["config"]["data_dir"])["tokenizer"]
         except (OSError, ValueError, KeyError):
@@ -48,18 +49,20 @@ def load_run(run, device="cpu"):
     try:
         tokenizer = get_tokenizer(name)
     except Exception as e:  # tiktoken downloads, which can fail in any way
-        raise ValueError(f"{path}: its tokenizer {name!r} could not be loaded: {e}") from None
+        raise ValueError(f"{path}: cannot load its tokenizer {name!r}: {e}") from None
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{path}: its {vocab_size} words are too few for its tokenizer {name!r}")
+        raise ValueError(f"{path}: the model knows {vocab_size} tokens, its tokenizer {name!r} "
+                         f"makes {tokenizer.vocab_size}")
     return model.to(device), tokenizer, saved
 
 
 def stream_text(model, tokenizer, prompt, tokens, **sampling):
-    """Yields the text that continues `prompt`, a list of tokens, in pieces, up to the end of the document or to so many
-    tokens. sampling: as for `GPT.stream`."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
+    """Continues `prompt`, a list of tokens: yields text in pieces, up to the end of the document or
+    up to `tokens` tokens. sampling: as for `GPT.stream`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens can split a character
     idx = torch.tensor([[tokenizer.eot, *prompt]], device=model.wte.weight.device)
-    for token in islice(model.stream(idx, vocab_size=tokenizer.vocab_size, **sampling), tokens):
+    continuation = model.stream(idx, vocab_size=tokenizer.vocab_size, **sampling)
+    for token in islice(continuation, tokens):
         if token == tokenizer.eot:
             break
         yield decoder.decode(tokenizer.symbols[token])
@@ -67,28 +70,37 @@ def stream_text(model, tokenizer, prompt, tokens, **sampling):
 
 
 def fail(message, status=2):
+    """Ends the program with one line on stderr. Status 2: usage error, 1: failed while running."""
     print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description="Text from a checkpoint, streamed as it is made.")
     parser.error = fail
-    parser.add_argument("run", help="a run's folder, or a ckpt.pt")
-    parser.add_argument("--prompt", help="the text to continue, or FILE:path (default: the start of a document)")
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=500, help="at most, for each sample (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that together are as likely as this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("run", help="a run's folder, or a ckpt.pt")
+    add("--prompt", help="the text to continue, or FILE:path (default: the start of a document)")
+    add("--samples", type=int, default=1)
+    add("--tokens", type=int, default=500, help="at most, for each sample (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: likeliest token (default: %(default)s)")
+    add("--top_k", type=int, help="draw from the k likeliest tokens")
+    add("--top_p", type=float, help="draw from the fewest tokens that reach this probability")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    for name, fine in (("samples", args.samples > 0), ("tokens", args.tokens > 0), ("seed", 0 <= args.seed < 2**63),
-                       ("temperature", 0 <= args.temperature < math.inf), ("top_k", args.top_k is None or args.top_k > 0),
-                       ("top_p", args.top_p is None or 0 < args.top_p <= 1)):
-        if not fine:
+    valid = {"samples": args.samples > 0, "tokens": args.tokens > 0, "seed": 0 <= args.seed < 2**63,
+             "temperature": 0 <= args.temperature < math.inf,
+             "top_k": args.top_k is None or args.top_k > 0,
+             "top_p": args.top_p is None or 0 < args.top_p <= 1}
+    for name, ok in valid.items():
+        if not ok:
             fail(f"--{name} cannot be {getattr(args, name)}")
+    return args
+
+
+def main():
+    args = arguments()
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)
     except RuntimeError:
@@ -106,18 +118,18 @@ def main():
         fail(e, 1)
     tokens = [] if prompt is None else tokenizer.encode(prompt).tolist()
     if prompt is not None and not tokens:
-        fail("the prompt is empty; without --prompt, a text starts as a document does")
-
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=torch.device(args.device).type == "cuda")
+        fail("the prompt is empty; without --prompt, a sample is a document from its start")
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    on_cuda = torch.device(args.device).type == "cuda"
     for i in range(args.samples):
         print("---------------\n" * (i > 0) + (prompt or ""), end="", flush=True)
-        with autocast:
-            for text in stream_text(model, tokenizer, tokens, args.tokens, temperature=args.temperature,
-                                    top_k=args.top_k, top_p=args.top_p, generator=generator):
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+            for text in stream_text(model, tokenizer, tokens, args.tokens, generator=generator,
+                                    **sampling):
                 print(text, end="", flush=True)
         print()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # the text may have characters that the terminal has not
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of the text
     main()

@@ -1,18 +1,19 @@
-"""Whether a run fits a card, without a card: the model, its passes and a step of the optimizer run on
-tensors that have shapes but no memory.
+"""Whether a run fits a card, without a card: the model, its passes and a step of the optimizer run
+on tensors that have shapes but no memory.
 
     python experiments/memory.py configs/772m_sf.py --processes=8 --card=80
-    python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_head=64 --n_embd=8192 --batch_size=1
+    python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_head=64 --n_embd=8192
     torchrun --standalone --nproc_per_node=4 experiments/memory.py configs/125m_sf.py --measure
 
-The last one measures weights, gradients and state on CPUs. The count is for one process, without what
-an allocator wastes, for blocks that are not compiled and products in bfloat16. Weights, gradients, state
-and the step's workspace are divided by the processes that share a copy of the model (--shard_size, or
-all). The passes take the activations of batch_size sequences. Where the model is shared, they also take
-the embedding and two blocks with their gradients, which then exist whole; where it is not, a copy of the
-weights in bfloat16. A checkpoint takes one whole parameter. Passes, step and checkpoint come one after
-the other, so the largest counts. The start takes nothing more: a process holds its share on the card,
-and one whole parameter on the host, which the last line gives.
+The last one measures weights, gradients and state on CPUs. The count is for one process, without
+what an allocator wastes, for blocks that are not compiled and products in bfloat16. Weights,
+gradients, state and the step's workspace are divided by the processes that share a copy of the
+model (--shard_size, or all). The passes take the activations of batch_size sequences. Where the
+model is shared, they also take the embedding and two blocks with their gradients, which then
+exist whole; where it is not, a copy of the weights in bfloat16. A checkpoint takes one whole
+parameter. Passes, step and checkpoint come one after the other, so the largest counts. The start
+takes nothing more: a process holds its share on the card, and one whole parameter on the host,
+which the last line gives.
 """
 import argparse
 import os
@@ -29,7 +30,7 @@ if options.processes < 1:
     print(f"memory.py: --processes must be at least 1, got {options.processes}", file=sys.stderr)
     sys.exit(2)
 if not options.measure:
-    os.environ["WORLD_SIZE"] = str(options.processes)  # train.py refuses here what it would there
+    os.environ["WORLD_SIZE"] = str(options.processes)  # train.py then refuses what it would
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
@@ -79,7 +80,7 @@ def activations(cfg: train.Config, n_layer: int) -> int:
 
 
 def measure(cfg: train.Config) -> tuple[dict[str, float], int, int]:
-    """Bytes on one card by kind, the number of parameters, and the bytes of the largest parameter."""
+    """Bytes on one card by kind, the number of parameters, the bytes of the largest one."""
     with FakeTensorMode():
         two, three = activations(cfg, 2), activations(cfg, 3)
         model = build(cfg, cfg.n_layer)
@@ -119,8 +120,9 @@ def measured(cfg: train.Config) -> str:
         p.grad = torch.ones_like(p)
     optimizer.step()
     n = sum(p.numel() for p in model.parameters())
-    return (f"process {train.RANK} of {train.WORLD_SIZE}: {(now('RssAnon') - before) / n:.2f} bytes per "
-            f"parameter, at most {start / n:.2f} while it started, {n:,} parameters")
+    held = (now("RssAnon") - before) / n
+    return (f"process {train.RANK} of {train.WORLD_SIZE}: {held:.2f} bytes per parameter, "
+            f"at most {start / n:.2f} while it started, {n:,} parameters")
 
 
 def main() -> None:

@@ -1,21 +1,33 @@
-"""Runs a study: every optimizer, its rate tuned, at every horizon, any number of runs at once.
+"""Runs a study: every method tuned alike, at every horizon, any number of runs at once.
 
-    python experiments/sweep.py experiments/studies/small.py --jobs=2
+    python experiments/sweep.py experiments/studies/settled.py --jobs=2
     python experiments/sweep.py experiments/studies/125m.py --nproc_per_node=8
+    python experiments/sweep.py experiments/studies/settled.py --list       what is left to do
 
 A study is a file of plain Python assignments:
 
     base          knobs of train.py that all runs share
-    tokens        of 1x; horizons: multiples of it
-    seeds         that are reported; tuning_seeds: others, on which rates are chosen
-    optimizers    {name: its knobs}. lr is a number, or a list to choose from. `horizons` and `seeds` among the knobs are
-                  this optimizer's own.
+    tokens        tokens of 1x; horizons: multiples of it
+    seeds         seeds of the runs that are reported; tuning_seeds: others, for choosing
+    tuning        knobs of the tuning runs only: eval_offset, for other validation text
+    optimizers    {method: its knobs}. A list as lr is a grid of rates to choose from; `horizons`,
+                  `seeds` and `draws` among the knobs are this method's own
+    draws, draw_seed, rungs    for methods with a space
 
-What has a schedule is tuned and run for each horizon, with a grid around the best rate of the horizon before; what has
-none is run once to the longest horizon and read at each, its rate chosen by the mean loss over them. A grid whose best
-rate is at its edge grows by factors of 2. Runs are ordinary runs of train.py in runs/<study>/; when one has ended, its
-config.json and log.jsonl (with fewer training lines) go to experiments/results/<study>/runs/, and what is there is not
-run again. The same command goes on after any interruption.
+A method may have a `space`, {knob: a list of values, or (low, high) for a range on a log scale}; a
+value that is a dict gives several knobs at once. Its `draws` configurations are drawn by
+`draw_seed` and thinned by successive halving: all of them train to the first rung (a horizon), the
+best third to the next one. A grid of rates grows by factors of 2 while its best is at its edge.
+
+A scheduled method is tuned and run for each horizon: at a rung among what is left of its draws,
+elsewhere on a grid of rates around the configuration of the horizon before. A method without a
+schedule is run once to the longest horizon and read at each; its configuration is the one with the
+lowest mean loss over its horizons (those up to the last rung, if drawn).
+
+Runs are ordinary runs of train.py in runs/<study>/. A run that has ended becomes a line of
+experiments/results/<study>.jsonl: name, config (every knob), evals and train (lines of its log, the
+latter thinned), machine. What stands there is not run again. Tuning runs are named tune_... .
+The same command goes on after any interruption.
 """
 import argparse
 import ctypes
@@ -23,12 +35,15 @@ import json
 import math
 import os
 import platform
+import random
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import torch
@@ -36,114 +51,195 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import lock
+from checkpoint import MAY_CHANGE, lock
 from data import write_atomically
+from runs import Refused, read_log, read_results
 
 TRAIN_LINES = 32  # kept of each run
 WIDENINGS = 6  # of a grid, at most: a loss that does not depend on the rate would widen it forever
 
 
-class Refused(Exception):
-    """The command line or the study asks for what cannot be: exit status 2."""
-
-
 def read_study(path: str) -> SimpleNamespace:
     try:
-        study = SimpleNamespace(name=Path(path).stem, **runpy.run_path(path))
+        study = SimpleNamespace(**{"draws": 12, "draw_seed": 0, "rungs": (), "tuning": {},
+                                   **runpy.run_path(path), "name": Path(path).stem})
         for name, knobs in study.optimizers.items():
-            study.optimizers[name] = {"horizons": study.horizons, "seeds": study.seeds, **study.base, **knobs}
-            if set(study.optimizers[name]["seeds"]) & set(study.tuning_seeds):
-                raise ValueError(f"{name}: rates must be chosen on other seeds than those reported")
+            method = {"horizons": study.horizons, "seeds": study.seeds, "draws": study.draws,
+                      "space": {}, "lr": None, **study.base, **knobs}
+            study.optimizers[name] = method
+            check_method(study, name, method)
     except FileNotFoundError:
         raise Refused(f"{path}: no such study")
     except Exception as e:
         raise Refused(f"{path} is not a study: {type(e).__name__}: {e}")
-    study.results, study.runs = ROOT / "experiments/results" / study.name / "runs", ROOT / "runs" / study.name
+    study.file = ROOT / "experiments/results" / f"{study.name}.jsonl"
+    study.runs = ROOT / "runs" / study.name
     return study
+
+
+def check_method(study, name: str, method: dict) -> None:
+    if {*method["seeds"]} & {*study.tuning_seeds}:
+        raise ValueError(f"{name}: tuning_seeds must be other seeds than those reported")
+    if not method["space"]:
+        return
+    if method["horizons"][0] not in study.rungs:
+        raise ValueError(f"{name}: its first horizon must be one of the rungs, {study.rungs}")
+    if len(study.tuning_seeds) < 2:
+        raise ValueError(f"{name}: a space needs at least two tuning_seeds")
+    text = [{"eval_offset": 0, **method, **more} for more in ({}, study.tuning)]
+    if not text[0]["eval_offset"] + text[0]["eval_tokens"] <= text[1]["eval_offset"]:
+        raise ValueError(f"{name}: tuning must have an eval_offset beyond the reported text")
+
+
+# ---- results, one file a study
+
+def keep(study, name: str) -> None:
+    """Adds an ended run to the results; a run that went further replaces its line."""
+    folder = study.runs / name
+    lines = read_log(folder)
+    train = [line for line in lines if "loss" in line]
+    run = dict(name=name, config=json.loads((folder / "config.json").read_text()),
+               evals=[line for line in lines if "val_loss" in line],
+               train=train[:: max(1, len(train) // TRAIN_LINES)], machine=machine())
+    results = {**read_results(study.file), name: run}
+    text = "".join(json.dumps(run) + "\n" for run in results.values())
+    study.file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(study.file, lambda file: file.write(text.encode()))
+
+
+def machine() -> dict:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "system": platform.system(),
+            "python": platform.python_version(), "torch": torch.__version__}
 
 
 # ---- what is to be done
 
-def loss_at(study, run: str, max_tokens: int, tokens: list[int]) -> float | None:
-    """Mean validation loss of an ended run over the given numbers of tokens, inf if it did not get there; None if it has
-    not ended."""
-    folder = study.results / run
-    try:
-        if json.loads((folder / "config.json").read_text())["max_tokens"] < max_tokens:
-            return None
-    except FileNotFoundError:
-        return None
-    losses = {line["tokens"]: line["val_loss"] for line in read_log(folder) if "val_loss" in line}
-    return sum(losses.get(n, math.inf) for n in tokens) / len(tokens)
-
-
-def remaining(study) -> list[tuple[str, dict]]:
-    """The runs that have not ended, (name, knobs of train.py), those that can start first. Rates that are not known yet
-    are None, and such runs cannot."""
-    ready, later = [], []
-    for name, knobs in study.optimizers.items():
-        knobs = dict(knobs)
-        horizons, seeds, rates = knobs.pop("horizons"), knobs.pop("seeds"), knobs.pop("lr")
-        scheduled, grid = knobs.get("schedule", "constant") != "constant", rates
-        for targets in [[h] for h in horizons] if scheduled else [horizons]:
-            max_tokens = max(targets) * study.tokens
-            title = f"{name}_{targets[0]}x" if scheduled else name
-
-            def ask(rate, seed):
-                """The loss of this run, which is put on the list if it is not known yet."""
-                tuning = "tune_" * (seed in study.tuning_seeds)  # compare.py leaves these out of its means
-                run = f"{tuning}{title}_lr{rate:g}_seed{seed}" if rate else ""
-                loss = loss_at(study, run, max_tokens, [h * study.tokens for h in targets]) if rate else None
-                if loss is None:
-                    (ready if rate else later).append((run, {**knobs, "lr": rate, "seed": seed, "max_tokens": max_tokens}))
-                return loss
-
-            if isinstance(rates, (int, float)):
-                rate = rates
+def draw(space: dict, draws: int, seed) -> list[dict]:
+    """Configurations that spread every knob evenly over its values or range (a Latin hypercube)."""
+    rng = random.Random(seed)  # only random() is the same in all versions of Python
+    configs = [{} for _ in range(draws)]
+    for knob, values in space.items():
+        for i, config in enumerate(sorted(configs, key=lambda _: rng.random())):
+            part = (i + rng.random()) / draws
+            if isinstance(values, tuple):
+                low, high = values
+                value = float(f"{low * (high / low) ** part:.3g}")
             else:
-                rate = choose(grid, lambda r: [ask(r, seed) for seed in study.tuning_seeds])
-                grid = [rate / 2, rate, rate * 2] if rate else [None] * 3  # the next horizon starts from here
-            for seed in seeds:
-                ask(rate, seed)
-    return ready + later
+                value = values[int(part * len(values))]
+            config.update(value if isinstance(value, dict) else {knob: value})
+    return configs
 
 
-def choose(rates, losses_of) -> float | None:
-    """The best rate of a grid that is widened until it is not at the edge, or None while a loss is not known."""
-    losses = {rate: losses_of(rate) for rate in rates}
-    while not any(None in ls for ls in losses.values()):
-        best = min(losses, key=lambda rate: sum(losses[rate]))
-        new = best / 2 if best == min(losses) else best * 2 if best == max(losses) else None
-        if new is None or math.isinf(sum(losses[best])) or len(losses) == len(rates) + WIDENINGS:
+def choose(rates: list[float], score) -> float | None:
+    """The best rate of a grid that grows until it is not at the edge; None while a score is."""
+    scores = {rate: score(rate) for rate in rates}
+    while None not in scores.values():
+        best = min(scores, key=scores.get)
+        at_edge = {min(scores): best / 2, max(scores): best * 2}
+        if best not in at_edge or math.isinf(scores[best]) or len(scores) == len(rates) + WIDENINGS:
             return best
-        losses[new] = losses_of(new)
+        scores[at_edge[best]] = score(at_edge[best])
+
+
+class Plan:
+    """The runs that are left: `ready`, (name, knobs of train.py), and `later`, (title, knobs),
+    those whose configuration the others choose."""
+
+    def __init__(self, study):
+        self.study, self.results = study, read_results(study.file)
+        self.ready, self.later = [], []
+        for name, method in study.optimizers.items():
+            self.add(name, **method)
+
+    def add(self, name, horizons, seeds, draws, space, lr, **knobs) -> None:
+        scheduled = "schedule" in space or knobs.get("schedule", "constant") != "constant"
+        rates = lr if isinstance(lr, list) else None
+        config, tag = {**knobs, "lr": lr}, ""
+        drawn = draw(space, draws, f"{self.study.draw_seed} {name}")
+        left = [(f"_c{i}", {**config, **values}) for i, values in enumerate(drawn)]  # best first
+        for targets in [[h] for h in horizons] if scheduled else [horizons]:
+            title = f"{name}_{targets[0]}x" if scheduled else name
+            rungs = [h for h in targets if space and h in self.study.rungs]
+            for rung in rungs:
+                if rung != self.study.rungs[0]:
+                    left = left[:math.ceil(len(left) / 3)]
+                left = self.sort(title, left, [h for h in targets if h <= rung])
+                tag, config = left[0]
+            if rates and not rungs:
+                rate = choose(rates, lambda rate: self.score(
+                    title + tag, rate and {**config, "lr": rate}, targets))
+                config = rate and {**config, "lr": rate}
+            if rates or space:  # the next horizon starts from here
+                rates = [config["lr"] * k for k in (0.5, 1, 2)] if config else [None] * 3
+            for seed in seeds:
+                self.loss(title, config, seed, targets)
+
+    def sort(self, title: str, configs: list[tuple], horizons: list[int]) -> list[tuple]:
+        """The (tag, config), best first; none is known while a score is not."""
+        scores = {tag: self.score(title + tag, config, horizons) for tag, config in configs}
+        if None in scores.values():
+            return [("", None)] * len(configs)
+        return sorted(configs, key=lambda candidate: scores[candidate[0]])
+
+    def score(self, title: str, config: dict | None, horizons: list[int]) -> float | None:
+        losses = [self.loss(title, config, seed, horizons) for seed in self.study.tuning_seeds]
+        return None if None in losses else mean(losses)
+
+    def loss(self, title: str, config: dict | None, seed: int, horizons: list[int]) -> float | None:
+        """Mean validation loss of a run at these horizons, inf if it diverged before one of them.
+        A run without a result goes on the list."""
+        tuning = seed in self.study.tuning_seeds
+        knobs = {**(config or {}), **(self.study.tuning if tuning else {}),
+                 "seed": seed, "max_tokens": max(horizons) * self.study.tokens}
+        if config is None:
+            return self.later.append((title, knobs))
+        name = f"{'tune_' * tuning}{title}_lr{config['lr']:g}_seed{seed}"
+        run = self.results.get(name)
+        if run is None or run["config"]["max_tokens"] < knobs["max_tokens"]:
+            return self.ready.append((name, knobs))
+        check_same(self.study, run, knobs)
+        losses = {line["tokens"]: line["val_loss"] for line in run["evals"]}
+        return mean(losses.get(h * self.study.tokens, math.inf) for h in horizons)
+
+
+def check_same(study, run: dict, knobs: dict) -> None:
+    for key, value in json.loads(json.dumps(knobs)).items():
+        kept = run["config"].get(key, value)
+        if key not in MAY_CHANGE and kept != value:
+            raise Refused(f"{run['name']} in {study.file.relative_to(ROOT)} has {key} {kept}, the study "
+                          f"says {value}: rename the method or delete the line")
 
 
 # ---- doing it
 
 def start(study, run: str, knobs: dict, slot: int, jobs: int, processes: int) -> subprocess.Popen:
-    environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // (jobs * processes))), **os.environ}
+    threads = max(1, os.cpu_count() // (jobs * processes))
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if jobs > 1 and torch.cuda.is_available():
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices.split(",")[slot * processes:(slot + 1) * processes])
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
+        own = devices[slot * processes:(slot + 1) * processes]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["train.py", f"--out_dir=runs/{study.name}/{run}"]
+    command += [f"--{key}={value}" for key, value in knobs.items()]
     (study.runs / run).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = (command if processes > 1 else [sys.executable]) + ["train.py", f"--out_dir=runs/{study.name}/{run}"]
     with open(study.runs / run / "output.txt", "w") as output:
-        return subprocess.Popen(command + [f"--{key}={value}" for key, value in knobs.items()], cwd=ROOT, env=environment,
-                                stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_parent)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                                stdout=output, stderr=output, preexec_fn=end_with_parent)
 
 
 def end_with_parent() -> None:
     if sys.platform == "linux":  # 1 is PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def read_log(folder: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in (folder / "log.jsonl").read_bytes().split(b"\n")[:-1]]
-    except FileNotFoundError:
-        return []
 
 
 def trained(folder: Path) -> int:
@@ -152,60 +248,45 @@ def trained(folder: Path) -> int:
     return lines[-1]["tokens"] if lines else 0
 
 
-def keep(study, run: str) -> None:
-    """Copies what an ended run leaves to the results."""
-    lines = read_log(study.runs / run)
-    train = [line for line in lines if "loss" in line]
-    kept = {line["step"] for line in train[:: max(1, len(train) // TRAIN_LINES)]}
-    text = "".join(json.dumps(line) + "\n" for line in lines if "val_loss" in line or line["step"] in kept)
-    (study.results / run).mkdir(parents=True, exist_ok=True)
-    config = (study.runs / run / "config.json").read_bytes()
-    write_atomically(study.results / run / "log.jsonl", lambda file: file.write(text.encode()))
-    write_atomically(study.results / run / "config.json", lambda file: file.write(config))
-
-
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
-
-
 def work(study, jobs: int, processes: int) -> None:
     """Makes the runs that are left, until a failure or a signal."""
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
     running = {}  # slot: (run, knobs, process)
-    left, before, failure = remaining(study), 0, None
-    bar = tqdm(unit="tok", unit_scale=True, smoothing=0.02, mininterval=0.5 if sys.stderr.isatty() else 60)
+    plan, before, failure = Plan(study), 0, None
+    bar = tqdm(unit="tok", unit_scale=True, smoothing=0.02,
+               mininterval=0.5 if sys.stderr.isatty() else 60)
     while not (failure or stop):
         for slot in range(jobs):
             busy = {run for run, *_ in running.values()}
-            waiting = [(run, knobs) for run, knobs in left if run and run not in busy]
+            waiting = [(run, knobs) for run, knobs in plan.ready if run not in busy]
             if slot not in running and waiting:
-                running[slot] = *waiting[0], start(study, *waiting[0], slot, jobs, processes)
+                run, knobs = waiting[0]
+                running[slot] = run, knobs, start(study, run, knobs, slot, jobs, processes)
         if not running:
             break
         time.sleep(1)
-        tokens = sum(max(0, knobs["max_tokens"] - trained(study.runs / run)) for run, knobs in left)
+        tokens = sum(knobs["max_tokens"] for _, knobs in plan.later) + sum(
+            max(0, knobs["max_tokens"] - trained(study.runs / run)) for run, knobs in plan.ready)
         bar.update(max(0, before - tokens))
         bar.total, before = bar.n + tokens, tokens
-        bar.set_description(f"{len(left)} runs left", refresh=False)
+        bar.set_description(f"{len(plan.ready) + len(plan.later)} runs left", refresh=False)
         for slot, (run, knobs, process) in list(running.items()):
             if process.poll() is None or stop:
                 continue
             del running[slot]
             output = (study.runs / run / "output.txt").read_text().strip()
-            diverged = process.returncode and "stopped before" in output
-            if not diverged and (process.returncode or trained(study.runs / run) < knobs["max_tokens"]):
-                failure = f"{run} ended with status {process.returncode}: {output.splitlines()[-1] if output else ''}"
+            last = output.splitlines()[-1] if output else ""
+            diverged = process.returncode and re.search(r"step \d+: .*loss .*stopped", last)
+            ended = process.returncode == 0 and trained(study.runs / run) >= knobs["max_tokens"]
+            if not (diverged or ended):
+                failure = f"{run} ended with status {process.returncode}: {last}"
                 break
             keep(study, run)
-            tqdm.write(f"{run}: {'diverged' if diverged else read_log(study.runs / run)[-1]['val_loss']}")
-            left = remaining(study)
+            loss = "diverged" if diverged else read_log(study.runs / run)[-1]["val_loss"]
+            tqdm.write(f"{run}: {loss}")
+            plan = Plan(study)
     for _, _, process in running.values():
         process.terminate()  # writes its checkpoint
     for _, _, process in running.values():
@@ -213,35 +294,40 @@ def work(study, jobs: int, processes: int) -> None:
     bar.close()
     if failure:
         sys.exit(f"sweep.py: {failure}")
-    print("stopped: the same command goes on" if stop else f"the study is complete: experiments/results/{study.name}")
+    if stop:
+        print("stopped: the same command goes on")
+    else:
+        print(f"the study is complete: {study.file.relative_to(ROOT)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file: None  # what is asked wrongly gets one line
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file: None  # a usage error gets one line
     parser.add_argument("study")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores or GPUs")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="runs at once, each with its share of the cores or GPUs")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of each run")
     parser.add_argument("--list", action="store_true", help="print what is left to do and stop")
     args = parser.parse_args()
     study = read_study(args.study)
     if args.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
-        for run, knobs in remaining(study):
-            print(run or f"{knobs['optimizer']}, {knobs['max_tokens']} tokens, seed {knobs['seed']}: rate not chosen yet")
+        plan = Plan(study)
+        for run, _ in plan.ready:
+            print(run)
+        for title, knobs in plan.later:
+            print(f"{title}, {knobs['max_tokens']} tokens, seed {knobs['seed']}: not chosen yet")
         return
-    if min(args.jobs, args.nproc_per_node) < 1 or 0 < torch.cuda.device_count() < args.jobs * args.nproc_per_node:
-        raise Refused(f"--jobs={args.jobs} times --nproc_per_node={args.nproc_per_node} must be at least 1 and at most the "
-                      f"number of GPUs, {torch.cuda.device_count()}")
+    jobs, processes, gpus = args.jobs, args.nproc_per_node, torch.cuda.device_count()
+    if min(jobs, processes) < 1 or 0 < gpus < jobs * processes:
+        raise Refused(f"--jobs={jobs} times --nproc_per_node={processes} must be at least 1 and at "
+                      f"most the number of GPUs, {gpus}")
     lock(study.runs)
-    study.results.mkdir(parents=True, exist_ok=True)
-    description = study.results.parent / "machine.json"
-    if not description.exists():
-        write_atomically(description, lambda file: file.write((json.dumps(machine(), indent=1) + "\n").encode()))
-    elif json.loads(description.read_text()) != machine():
-        print(f"this is not the machine of {description.relative_to(ROOT)}: seconds will not compare")
-
-    work(study, args.jobs, args.nproc_per_node)
+    others = {json.dumps(run["machine"]) for run in read_results(study.file).values()}
+    if others - {json.dumps(machine())}:
+        print(f"{study.file.relative_to(ROOT)}: runs of another machine, so seconds will not compare")
+    work(study, jobs, processes)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import train
 from conftest import REPO, SMALL, TINY, Run, torchrun, tree
+from distributed import Failure
 from model import GPT, GPTConfig
+from sf_normuon import param_groups
 
 
 @pytest.mark.parametrize("config", sorted(REPO.glob("configs/*.py")), ids=lambda path: path.stem)
@@ -57,7 +60,7 @@ def test_knobs_reach_the_optimizer():
 
     def groups(*argv):
         optimizer = train.build_optimizer(train.parse(["--device=cpu", "--weight_decay=0.3", "--adam_weight_decay=0.4", *argv]), gpt)
-        matrices = {id(p) for p in gpt.hidden_matrices()}
+        matrices = {id(p) for p in param_groups(gpt)[0]["params"]}
         assert [{id(p) in matrices for p in g["params"]} for g in optimizer.param_groups] == [{True}, {False}]
         assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(gpt.parameters()))
         assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.4]
@@ -83,6 +86,31 @@ def test_knobs_reach_the_optimizer():
     knobs = dict(warmup_steps=7, averaging_power=2.0, averaging_start=9, polyak_beta=0.5, beta_anneal_steps=11, lr=0.5)
     for g in groups("--optimizer=schedulefree_plus", *(f"--{k}={v}" for k, v in knobs.items()), "--betas=0.7,0.8"):
         assert {k: g[k] for k in knobs} == knobs and g["betas"] == (0.7, 0.8)
+
+
+CARDS = {  # (device, RANK and LOCAL_RANK, processes on this node): the card that is taken, of two, or the line
+    ("cuda", 0, 1): 0, ("cuda:1", 0, 1): 1, ("cuda", 0, 2): 0, ("cuda", 1, 2): 1, ("cuda:2", 0, 1): "2 cards",
+    ("cuda:x", 0, 1): "cuda:x", ("cuda:-1", 0, 1): "cuda:-1", ("cuda", 0, 3): "3 processes", ("cuda:1", 1, 2): "cuda:1"}
+
+
+@pytest.mark.parametrize("case", CARDS, ids=str)
+def test_each_process_takes_its_card(case, monkeypatch):
+    """On a machine with two cards, as far as torch's own check of the argument goes."""
+    device, rank, processes = case
+    taken = []
+    monkeypatch.setattr(config, "DEVICES", ["cuda", "cpu"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    for name, value in (("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", processes), ("LOCAL_RANK", rank)):
+        monkeypatch.setattr(config, name, value, raising=False)
+    argv = [f"--device={device}", "--block_size=1", "--total_batch_tokens=6", "--batch_size=1"]
+    if isinstance(CARDS[case], int):
+        cfg = train.parse(argv)
+        assert taken == [CARDS[case]] and cfg.dtype == "bfloat16" and cfg.device == device
+    else:
+        with pytest.raises(Failure, match=CARDS[case]) as failure:
+            train.parse(argv)
+        assert failure.value.status == 2 and not taken
 
 
 def bad_shard(header):
@@ -131,6 +159,8 @@ BAD = {  # name: (arguments, status, what the line must name[, how the working d
                                                    "schedulefree_plus"]),
     "schedule": (["--schedule=cos", "--optimizer=adamw"], 2, ["constant", "cosine", "linear", "wsd"]),
     "no_horizon": (["--schedule=cosine", "--optimizer=adamw", "--max_tokens=0"], 2, ["max_tokens"]),
+    "sf_beta": (["--sf_beta=0"], 2, ["sf_beta", "(0, 1]"]),
+    "eval_offset": (["--eval_offset=1e9"], 1, ["eval_offset 1000000000", "data"]),
     **{f"{name}_schedule": (["--schedule=cosine", f"--optimizer={name}"], 2, ["schedule", name])
        for name in ("sf_normuon", "amuse", "schedulefree_plus")},
     "decay_at": (["--decay_at=x"], 2, ["decay_at"]),

@@ -1,10 +1,12 @@
 """data.py and prepare_fineweb.py: real files, real processes, real signals."""
+import errno
 import gzip
 import http.server
 import json
 import os
 import re
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 from data import TokenBatches, read_meta, read_shard, write_shard
-from prepare_fineweb import get_tokenizer
+from prepare_fineweb import get_tokenizer, open_folder
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIKITEXT = os.path.join(HERE, "..", "shared", "data", "wikitext2.parquet")
@@ -180,6 +182,52 @@ def test_missing_shards(tmp_path, lengths, split, error, words):
     assert str(folder) in str(e.value)
 
 
+@pytest.mark.parametrize("train, val", [
+    ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"),  # llm.c
+    ("fineweb_train_000001.bin", "fineweb_val_000000.bin"), ("train.bin", "val.bin"),
+    ("my_val_train_0.bin", "my_train_val.bin"), ("a-train-00001-of-00002.bin", "a.val.bin")])
+def test_shards_of_other_programs(tmp_path, train, val):
+    for name, token in {train: 1, val: 2, "interval_7.bin": 3, "train_0.txt": 4}.items():
+        (tmp_path / name).write_bytes(shard_bytes([token] * 11))
+    for split, token in {"train": 1, "val": 2}.items():
+        batches = TokenBatches(tmp_path, split, 10, 50257)
+        assert len(batches) == 1 and batches.get([0])[0].unique().tolist() == [token]
+
+
+def test_numbered_shards_keep_their_order(tmp_path):
+    for k, number in enumerate(("000002", "000010", "000100")):
+        write_shard(tmp_path / f"a_val_{number}.bin", 1000 * k + np.arange(11))
+    write_shard(tmp_path / "a_val.bin", 9000 + np.arange(11))
+    firsts = TokenBatches(tmp_path, "val", 10, 10**4).get(range(4))[0][:, 0].tolist()
+    assert firsts == [9000, 0, 1000, 2000]
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, capfd):
+    def fsync(fd, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(fd).st_mode) == (error != "file"):
+            raise OSError(error if error != "file" else errno.EIO, "trouble")
+        real(fd)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    for error in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EINVAL):
+        write_shard(tmp_path / "a.bin", [error])
+        assert read_shard(tmp_path / "a.bin").tolist() == [error]
+    seen = capfd.readouterr().err
+    assert seen.count("warning: ") == seen.count("\n") == 1 and "sync" in seen and "trouble" in seen
+    for error in ("file", errno.EIO):
+        with pytest.raises(OSError, match="trouble"):
+            write_shard(tmp_path / "b.bin", [1])
+    assert not list(tmp_path.glob("*.tmp")) and capfd.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capfd):
+    import fcntl
+    for error in (errno.ENOLCK, errno.EBADF):
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(error, "none")))
+        assert open_folder(tmp_path / str(error)) == [None, None]
+        assert capfd.readouterr().err.count("cannot be locked (none)") == 1
+
+
 def test_bad_tokens_and_changed_shards(tmp_path):
     path = make_folder(tmp_path, 101) / "my_val_0_train_000000.bin"
     TokenBatches(tmp_path, "train", 10, 101).get(range(10))
@@ -250,6 +298,11 @@ DOCUMENTS[3], DOCUMENTS[5], DOCUMENTS[7] = "", "two\nlines\r\n", "<|endoftext|>"
 LINES = [" ".join(text.split()) for text in DOCUMENTS]
 
 
+def zstd(content):
+    import pyarrow
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
 def write_parquet(path, **columns):
     import pyarrow
     import pyarrow.parquet
@@ -268,7 +321,8 @@ def write_corpus(folder, documents=DOCUMENTS):
 
 def test_files_to_shards(tmp_path):
     files = write_corpus(tmp_path)
-    command = ["--files", *files, "--out", "data/mine", "--tokenizer", "byte", "--shard-tokens", "5_000", "--processes", 2]
+    command = ["--files", *files, "--lines", "--out", "data/mine", "--tokenizer", "byte",
+               "--shard-tokens", "5_000", "--processes", 2]
     status, out, err = run(*command, cwd=tmp_path)
     assert status == 0 and not err
     expected, folder = as_bytes(DOCUMENTS * 3 + LINES * 2), tmp_path / "data" / "mine"
@@ -331,8 +385,40 @@ def test_subset_and_small_text(tmp_path):
 
 def test_small_text_keeps_one_document_each(tmp_path):
     (tmp_path / "a.txt").write_text("long " * 50 + "\nb\n")
-    assert run("--files", "a.txt", "--tokenizer", "byte", "--out", "x", cwd=tmp_path)[0] == 0
+    assert run("--files", "a.txt", "--lines", "--tokenizer", "byte", "--out", "x", cwd=tmp_path)[0] == 0
     assert list(tokens_in(tmp_path / "x").values()) == [as_bytes(["long " * 50]), as_bytes(["b"])]
+
+
+@pytest.mark.parametrize("name, pack", [
+    ("book.txt", bytes), ("book.txt.gz", gzip.compress), ("BOOK.TXT.ZST", zstd)])
+def test_a_text_file_is_one_document_cut_inside(tmp_path, name, pack):
+    book = "\r\n".join(["", "Chapter é", "", *LINES * 40, "no newline at the end"]).encode()
+    assert len(book) > 2 * 2**20  # more than a batch
+    (tmp_path / name).write_bytes(pack(book))
+    assert run("--files", name, "--tokenizer", "byte", "--out", "x", cwd=tmp_path)[0] == 0
+    val, train = tokens_in(tmp_path / "x").values()
+    assert val + train == [256, *book] and len(val) == len([256, *book]) // 10
+
+
+@needs_gpt2
+def test_a_text_file_has_the_tokens_of_the_whole(tmp_path):
+    import tiktoken
+    text = "\n".join(DOCUMENTS) + " word's\u3000x." + " " * 70001 + "\n\n\t" * 30001 + "漢字。" * 50000
+    text = text * 7  # batches of 2**20 characters end anywhere
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    assert run("--files", "a.txt", "--out", "x", cwd=tmp_path)[0] == 0
+    assert flat(tmp_path / "x") == [50256, *tiktoken.get_encoding("gpt2").encode_ordinary(text)]
+
+
+@needs_gpt2
+def test_long_blanks_have_the_tokens_of_the_whole():
+    """A pattern that looks for a long run from each of its blanks took 6 minutes for this."""
+    import tiktoken
+    gpt2, whole = get_tokenizer("gpt2"), tiktoken.get_encoding("gpt2").encode_ordinary
+    for blanks in (" ", "\n", "\t", "\r\n", "\xa0", " \xa0", " \n", "\n\n "):
+        for n in (1000, 29999, 70001, 99999):
+            text = "He said." + blanks * (n // len(blanks)) + "'s end, " * 20000
+            assert gpt2.encode(text).tolist() == whole(text), (blanks, n)
 
 
 def processes_of(session):
@@ -350,7 +436,8 @@ def processes_of(session):
 def test_interrupted_and_started_again(tmp_path):
     documents = DOCUMENTS * 30
     files = write_corpus(tmp_path, documents)[:4]
-    command = ["--files", *files, "--tokenizer", "byte", "--shard-tokens", "1e5", "--processes", 2]
+    command = ["--files", *files, "--lines", "--tokenizer", "byte", "--shard-tokens", "1e5",
+               "--processes", 2]
     uninterrupted = start(*command, "--out", "whole/x", cwd=tmp_path)
     folder, expected, shards = tmp_path / "x", as_bytes(documents * 3 + LINES), 0
     n = -(-len(expected) // 10**5)
@@ -383,6 +470,113 @@ def test_interrupted_and_started_again(tmp_path):
     assert len(kept) >= len(done) - 1  # what was complete is not written again
 
 
+def kill_when(folder, shards, *command):
+    process = start(*command, cwd=folder)
+    while process.poll() is None and len(list(folder.glob("x/*.bin"))) < shards:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (folder / "x" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "a.txt", "a.jsonl.zst"])
+def test_resumed_text_is_checked(tmp_path, name):
+    """Killed again and again; then the text is another one, or shorter: one line, nothing damaged."""
+    def write(documents):
+        path = tmp_path / name
+        rows = [json.dumps({"text": text}) for text in documents]
+        if name == "a.parquet":
+            write_parquet(path, text=documents)
+        elif name == "a.txt":
+            path.write_text("".join(filter(None, documents)), encoding="utf-8", newline="")
+        elif name == "a.json":
+            path.write_text(f"[{','.join(rows)}]")
+        else:
+            path.write_bytes(zstd("\n".join(rows).encode()))if name.endswith("zst") else \
+                path.write_text("\n".join(rows))
+
+    documents = [text if i % 7 else None for i, text in enumerate(DOCUMENTS * 40)]
+    write(documents)
+    kept = [text for text in documents if text is not None]
+    expected = as_bytes(["".join(kept)] if name == "a.txt" else kept)
+    command = ["--files", name, "--tokenizer", "byte", "--shard-tokens", 20011, "--out", "x",
+               "--processes", 1]
+    total = -(-len(expected) // 20011)
+    for shards in (total // 4, total // 2):
+        kill_when(tmp_path, shards, *command)
+    before = contents(tmp_path / "x")
+    write(["other"] + documents[1:-40] + documents[:1] if name == "a.txt" else documents[1:])
+    refused(run(*command, cwd=tmp_path), 1, name, "" if name.startswith("a.jsonl") else "not the text")
+    write(documents[:40])
+    refused(run(*command, cwd=tmp_path), 1, name, "not the text")
+    assert contents(tmp_path / "x") == before
+    for more in (["--lines"], ["--column", "content"]):
+        refused(run(*command, *more, cwd=tmp_path), 2, "progress.json", more[0][2:])
+    write(documents)
+    status, out, err = run(*command, cwd=tmp_path)
+    assert status == 0 and flat(tmp_path / "x") == expected
+    if name != "a.txt":  # counted over all the starts
+        assert f"{len(documents) - len(kept)} rows whose `text` is null were skipped" in out
+    for more in (["--lines"], ["--column", "content"]):
+        refused(run(*command, *more, cwd=tmp_path), 2, "meta.json", more[0][2:])
+
+
+def test_only_the_text_column_matters(tmp_path):
+    rows = [{"text": f"2024-01-{i % 28 + 1:02d}", "lang": None, "n": 1} for i in range(150_000)]
+    rows += [{"text": "x", "lang": "en", "n": "one"}, {"text": "\ud83d", "lang": {}, "n": [1.5, "a"]},
+             {"n": 2}, {"text": None}, {"text": "12:30", "n": {"deep": None}}]
+    lines = "\n".join(map(json.dumps, rows)) + '\n\n{"n": ' + "9" * 5000 + ', "text": "last"}'
+    assert len(lines) > 8 * 10**6
+    (tmp_path / "a.jsonl").write_text(lines)
+    status, out, _ = run("--files", "a.jsonl", "--tokenizer", "byte", "--out", "x", cwd=tmp_path)
+    assert status == 0 and "2 rows whose `text` is null were skipped" in out
+    texts = [row["text"] for row in rows if row.get("text")]
+    texts[texts.index("\ud83d")] = "?"
+    assert flat(tmp_path / "x") == as_bytes([*texts, "last"])
+
+
+def test_column(tmp_path):
+    import pyarrow
+    texts = ["a", "b", None, "a"] * 3
+    write_parquet(tmp_path / "a.parquet", id=[1] * 12, content=pyarrow.array(texts).dictionary_encode(),
+                  text=list(range(12)))
+    write_parquet(tmp_path / "b.parquet", content=pyarrow.array(texts, pyarrow.large_string()))
+    (tmp_path / "c.jsonl").write_text('{"id": 1}\n{"content": "c", "text": 3}\n')
+    (tmp_path / "d.json").write_text('[{"content": "d"}, {"content": null}]')
+    files = ["a.parquet", "b.parquet", "c.jsonl", "d.json"]
+    command = ["--files", *files, "--tokenizer", "byte", "--out", "x"]
+    status, out, _ = run(*command, "--column", "content", cwd=tmp_path)
+    assert status == 0 and "7 rows whose `content` is null were skipped" in out
+    assert flat(tmp_path / "x") == as_bytes(["a", "b", "a"] * 6 + ["c", "d"])
+    refused(run(*command[:2], *command[5:], "--out", "y", "--column", "c", cwd=tmp_path), 1,
+            "no `c` column", "content")
+
+
+def test_kinds_of_files(tmp_path):
+    """Upper case, byte order marks, `::`, no rows, members one after another."""
+    row = lambda text: (json.dumps({"text": text}) + "\n").encode()
+    files = {"A.JSONL": b"\xef\xbb\xbf" + row("a"), "b::c.txt": b"\xef\xbb\xbfb", "hf:::d.Txt": b"d",
+             "e.ndjson.GZ": gzip.compress(row("e")) + gzip.compress(row("f")),
+             "g.jsonl.zst": zstd(row("g")) + zstd(row("h")), "i.json": b"\xef\xbb\xbf \n" + b'[{"text":"i"}]',
+             "j.jsonl.gz": gzip.compress(b"")}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    import pyarrow
+    write_parquet(tmp_path / "K.PARQUET", text=pyarrow.array([], pyarrow.string()))
+    write_parquet(tmp_path / "l.parquet", other=pyarrow.array([], pyarrow.null()))
+    write_parquet(tmp_path / "m.parquet", text=["m"])
+    names = sorted([*files, "K.PARQUET", "l.parquet", "m.parquet"], key=str.lower)
+    names.sort(key=lambda name: name.removeprefix("hf:::").lower())
+    assert run("--files", *names, "--tokenizer", "byte", "--out", "x", cwd=tmp_path)[0] == 0
+    assert flat(tmp_path / "x") == as_bytes("abdefghim")
+
+
+def test_help_says_what_a_document_is(tmp_path):
+    status, out, _ = run("--help", cwd=tmp_path)
+    assert status == 0 and "FILE IS ONE DOCUMENT" in " ".join(out.split())
+    assert "--lines" in out and "--column" in out
+
+
 GOOD = b'{"text": "good"}\n'
 
 
@@ -390,7 +584,10 @@ GOOD = b'{"text": "good"}\n'
     ("a.txt", b"good\n\xff\xfe\n", "not UTF-8"), ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "not UTF-8"),
     ("a.json", b'[{"content": "x"}]', "`text`"), ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "ended before"),
     ("a.parquet", b"PAR1 noise PAR1", "arquet"), ("a.parquet", {"content": ["x"]}, "no `text` column"),
-    ("a.parquet", {"text": ["x", None]}, "None"), ("a.txt", b"one document\n", "need one each")])
+    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.jsonl", b'{"text": null}\n', "need one each"),
+    ("a.jsonl", b'{"content": "x"}\n' * 2000 + GOOD, "no `text` column"), ("a.jsonl", GOOD + b"{", "JSON"),
+    ("a.jsonl", GOOD + b"[" * 10**5, "recursion"), ("a.jsonl", b"3\n", "must be JSON objects"),
+    ("a.jsonl", GOOD + b'{"text": ["x"]}', "found ['x']"), ("a.txt.zst", b"noise", "a.txt.zst")])
 def test_bad_files(tmp_path, name, content, words):
     write_parquet(tmp_path / name, **content) if isinstance(content, dict) else (tmp_path / name).write_bytes(content)
     refused(run("--files", name, "--tokenizer", "byte", "--out", "x", cwd=tmp_path), 1, name, words)

@@ -29,3 +29,6 @@ optimizers = {
     "first_momentum_0.8": dict(first, momentum=0.8, **step),
     "first_weight_decay_0.05": dict(first, weight_decay=0.05, adam_weight_decay=0.05, **step),
 }
+
+headline = {"anytime": "SF-NorMuon, anytime", "paper": "SF-NorMuon, the paper's",
+            "small.adamw_cosine": "AdamW, cosine, tuned", "normuon_linear": "NorMuon, linear, tuned"}

@@ -1,0 +1,64 @@
+"""The comparison, settled: every method tuned with the same budget, 1x, 4x and 16x, on the bytes of
+the Linux kernel's C files (experiments/corpora.py says how to get them).
+
+Configurations are drawn by a seed and thinned over 1x and 4x, on two seeds and on validation text
+that are not reported. The four methods that carry claims have 12 configurations each, the others 6.
+This file was written before any of its runs.
+"""
+base = dict(
+    data_dir="data/linux", vocab_size=320, n_layer=2, n_head=3, n_embd=48,  # 70,896 parameters
+    block_size=32, batch_size=64, total_batch_tokens=2048,  # contexts of 32: runs do not branch
+    eval_interval=173, eval_tokens=262144, log_interval=173,
+    device="cpu", dtype="float32", compile=True)
+tokens = 692 * 2048  # 1x: 20 for each parameter
+horizons = 1, 4, 16
+seeds = range(10)
+tuning_seeds = 100, 101
+tuning = dict(eval_offset=262144)  # the next 262,144 tokens of the validation text
+rungs, draws, draw_seed = (1, 4), 12, 2605
+
+margin = 0.015  # nats: two methods closer than this are called equal
+claims = [("anytime", rival, h) for rival in ("normuon", "amuse", "adamw") for h in (4, 16)]
+headline = {"anytime": "SF-NorMuon, recommended", "paper": "SF-NorMuon, the paper's",
+            "adamw": "AdamW, tuned for each length", "normuon": "NorMuon, tuned for each length"}
+
+
+def both(*decays):  # for matrices and for everything else
+    return [dict(weight_decay=decay, adam_weight_decay=decay) for decay in decays]
+
+
+def beta1(*values, beta2=0.95, adam_beta2=0.99):
+    return [dict(betas=(beta, beta2), adam_betas=(beta, adam_beta2)) for beta in values]
+
+
+warmup = [50, 100, 200]
+schedule = ["cosine", "linear", "wsd"]
+few = dict(draws=6, seeds=range(5))  # carries no claim
+
+optimizers = {
+    "anytime": dict(optimizer="sf_normuon", space=dict(
+        lr=(0.006, 0.1), decay=both(0.0125, 0.025, 0.05, 0.1), decay_at=["z", "y"],
+        warmup_steps=warmup, beta=beta1(0.4, 0.6, 0.9), momentum=[0.8, 0.9, 0.95],
+        averaging_power=[0.0, 1.0, 2.0], beta_power=[0.0, 0.2, 0.3, 0.5])),
+    "normuon": dict(optimizer="normuon", space=dict(
+        lr=(0.006, 0.1), decay=both(0.0125, 0.025, 0.05, 0.1), schedule=schedule,
+        warmup_steps=warmup, momentum=[0.9, 0.95], adam_betas=[(0.9, 0.95), (0.9, 0.99), (0.8, 0.95)])),
+    "amuse": dict(optimizer="amuse", space=dict(
+        lr=(0.01, 0.16), decay=both(0.0125, 0.025, 0.05, 0.1), warmup_steps=[100, 250, 500, 1000],
+        rho=[0.3, 0.5, 0.8], beta=beta1(0.4, 0.6, 0.8, beta2=0.999, adam_beta2=0.999),
+        momentum=[0.9, 0.95], grad_clip=[0.5, 1.0])),
+    "adamw": dict(optimizer="adamw", space=dict(
+        lr=(0.003, 0.05), decay=both(0.02, 0.05, 0.1, 0.2), schedule=schedule, warmup_steps=warmup,
+        betas=[(0.9, 0.95), (0.9, 0.99), (0.8, 0.95)])),
+    "paper": dict(optimizer="sf_normuon", warmup_steps=100, space=dict(  # its own β's, momentum and decay
+        lr=(0.008, 0.25)), **few),
+    "sf_adamw": dict(optimizer="sf_adamw", space=dict(
+        lr=(0.004, 0.06), decay=both(0.02, 0.05, 0.1), decay_at=["z", "y"], warmup_steps=warmup,
+        betas=[(0.95, 0.99), (0.9, 0.99)]), **few),
+    "schedulefree_plus": dict(optimizer="schedulefree_plus", grad_clip=0, warmup_steps=100, space=dict(
+        lr=(0.06, 0.5), decay=both(5.0, 20.0, 50.0), sf_beta=[0.5, 0.7, 0.9],
+        averaging_start=[100, 200], polyak_beta=[0.0, 0.9]), **few),
+    "muon": dict(optimizer="muon", space=dict(
+        lr=(0.006, 0.1), decay=both(0.0125, 0.025, 0.05, 0.1), schedule=schedule,
+        warmup_steps=warmup, momentum=[0.9, 0.95], adam_betas=[(0.9, 0.95), (0.9, 0.99)]), **few),
+}
