@@ -214,6 +214,47 @@ def test_export(finished, tmp_path, call, name):
         assert torch.equal(greedy, gpt.generate(idx[:1, :5], greedy.size(1) - 5, temperature=0, vocab_size=257))
 
 
+def test_padded_batches(finished, tmp_path, call):
+    """Texts of different lengths, generated together, are those that are generated one by one."""
+    transformers = pytest.importorskip("transformers")
+    assert call(export_hf.main, finished.folder, tmp_path / "out")[0] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["a", "def main(", "for"]
+    generate = lambda batch: model.generate(**batch, max_new_tokens=20, do_sample=False)
+    together = generate(tokenizer(texts, padding=True, return_tensors="pt"))
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id
+    for text, row in zip(texts, together):
+        alone = generate(tokenizer(text, return_tensors="pt"))[0]
+        ended = tokenizer.decode(row, skip_special_tokens=True)
+        assert ended.startswith(text) and ended == tokenizer.decode(alone, skip_special_tokens=True)
+    # The class's name in transformers 4, which also 5 reads.
+    assert '"PreTrainedTokenizerFast"' in (tmp_path / "out/tokenizer_config.json").read_text()
+
+
+def without(module, script, *argv):
+    """The script, as a process of its own where this module cannot be imported."""
+    code = (f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv = [{script!r}, *sys.argv[1:]];"
+            f"runpy.run_path({str(REPO / script)!r}, run_name='__main__')")
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def test_export_without_transformers(finished, tmp_path):
+    """Also an old version, which lacks the model: one line that says what to install."""
+    result = without("transformers", "export_hf.py", finished.folder, tmp_path / "out")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "transformers >= 4.53" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_reading_needs_no_lock(finished, tmp_path):
+    """Windows has no fcntl; sampling and exporting lock nothing."""
+    result = without("fcntl", "sample.py", finished.folder, "--tokens=5")
+    assert result.returncode == 0 and result.stdout, result.stderr
+    result = without("fcntl", "export_hf.py", finished.folder, tmp_path / "out")
+    assert result.returncode == 0 and (tmp_path / "out/model.safetensors").exists(), result.stderr
+
+
 def test_export_spares_what_is_there(finished, tmp_path, call):
     pytest.importorskip("transformers")
     for name, content in (("README.md", "mine"), ("config.json", "{}")):
