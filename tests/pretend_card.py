@@ -7,6 +7,7 @@ it asks for on "cuda" are the CPU's and gloo's, while torch's own Python checks 
 Every Python process that the program starts pretends too. With PRETEND_LOG set to a folder, each process leaves a file
 <its pid> there, with a line "<LOCAL_RANK> <number of the card>" for each card that it put a tensor or a communicator on.
 """
+import contextlib
 import importlib.abc
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 MEMORY = 85_000_000_000  # bytes of an H100
+STREAM = SimpleNamespace(synchronize=lambda: None, device_type="cuda")
 
 
 class AfterTorch(importlib.abc.MetaPathFinder):
@@ -110,7 +112,8 @@ def pretend(torch):
             mem_get_info=lambda device=None: (MEMORY - used(), MEMORY), memory_stats=lambda device=None: {},
             is_bf16_supported=lambda including_emulation=True: True, synchronize=lambda device=None: None,
             empty_cache=lambda: None, reset_peak_memory_stats=lambda device=None: None,
-            is_current_stream_capturing=lambda: False).items():
+            is_current_stream_capturing=lambda: False, current_stream=lambda device=None: STREAM,
+            stream=lambda stream: contextlib.nullcontext()).items():
         setattr(cuda, name, value)
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda device="cuda": torch.get_rng_state()

@@ -133,6 +133,7 @@ def test_a_study_runs_on_a_card(tmp_path):
         shutil.copy(file, tmp_path / file.relative_to(REPO))
     for split in ("train", "val"):
         write_shard(tmp_path / f"data/x_{split}_000000.bin", np.arange(400) % 64)
+    (tmp_path / "data/meta.json").write_text('{"tokenizer": "byte", "vocab_size": 64}')
     (tmp_path / "experiments/studies/tiny.py").write_text(STUDY)
     call(tmp_path, "experiments/sweep.py", "experiments/studies/tiny.py", "--jobs=2", cards=2)
     [line] = (tmp_path / "experiments/results/tiny.jsonl").read_text().splitlines()
@@ -152,7 +153,7 @@ def test_fsdp2_takes_the_card_of_its_local_rank(tmp_path, log, nodes):
         port = str(s.getsockname()[1])
     processes = []
     for rank in range(2):
-        environment = {**ENV, "RANK": str(rank), "LOCAL_RANK": str(rank // nodes if nodes == 2 else rank), "WORLD_SIZE": "2",
+        environment = {**ENV, "RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "WORLD_SIZE": "2",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PRETEND_LOG": str(log)}
         processes.append(subprocess.Popen([*H100, f"--cards={2 // nodes}", str(REPO / "examples/fsdp2.py"), "out", "2"],
                                           cwd=tmp_path, env=environment))
@@ -181,5 +182,5 @@ def test_cuda_in_a_torch_without_it_is_one_line(cwd):
 
 
 def test_more_processes_than_cards_is_one_line(cwd):
-    environment = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    complaint(call(cwd, TRAIN, "--data_dir=data", "--device=cuda", status=2, **environment), "process 1", "card")
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    complaint(call(cwd, TRAIN, "--data_dir=data", "--device=cuda", status=2, **environment), "2 processes", "1 card")
