@@ -4,8 +4,8 @@
 
 trains a tiny model for 12 steps, and goes on from the last checkpoint in out/. The Trainer calls
 optimizer.train() before each training step and optimizer.eval() before each evaluation. It does not
-before it saves: the callback does. Give it the optimizer itself, not the class: from a class
-(optimizer_cls_and_kwargs) it makes groups by weight decay only, with matrices and embeddings in one.
+before it saves: the callback does. Give it the optimizer itself: from a class and its arguments
+(optimizer_cls_and_kwargs) it makes groups that put hidden matrices and embeddings together.
 """
 import sys
 from pathlib import Path

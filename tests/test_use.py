@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import config
+import evaluate
 import export_hf
 import sample
-import train
 from data import TokenBatches, write_shard
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
@@ -197,8 +198,8 @@ def test_export(finished, tmp_path, call, name):
     idx = torch.randint(0, tokenizer.vocab_size, (2, gpt.config.block_size))
     logits = model(idx).logits
     assert logits.shape == (*idx.shape, gpt.config.vocab_size) and (logits - gpt(idx)).abs().max() < 1e-5
-    for config in (model.config, model.generation_config, theirs):
-        assert config.eos_token_id == config.bos_token_id == tokenizer.eot
+    for ids in (model.config, model.generation_config, theirs):
+        assert ids.eos_token_id == ids.bos_token_id == tokenizer.eot
     for text in text_for(name):
         ids = theirs(text)["input_ids"]
         assert ids == tokenizer.encode(text).tolist(), text
@@ -430,16 +431,17 @@ def test_bits_per_byte(tmp_path, name):
     documents = [tokenizer.encode(text) for text in text_for(name)[:40] for _ in range(3)]
     tokens = np.concatenate([part for document in documents for part in ([tokenizer.eot], document)])
     write_shard(tmp_path / "x_val_000000.bin", tokens)
-    cfg = train.parse(["--block_size=16", "--total_batch_tokens=256", "--eval_tokens=1700", "--device=cpu"])
+    cfg = config.parse(["--block_size=16", "--total_batch_tokens=256", "--eval_tokens=1700", "--device=cpu"])
     targets = tokens[1 : 1 + 1700 // 16 * 16]
     size = sum(len(tokenizer.symbols[t]) for t in targets if t != tokenizer.eot)
     text = tokenizer.decode([t for t in targets if t != tokenizer.eot]).encode()
     assert abs(size - len(text)) < 8  # the last character may be cut, and then decodes to another
     data = TokenBatches(tmp_path, "val", 16, 50304)
-    assert train.bits_per_byte(cfg, data, tokenizer, 2.5) == pytest.approx(2.5 * len(targets) / math.log(2) / size, rel=1e-12)
+    assert evaluate.bits_per_byte(cfg, data, tokenizer, 2.5) == pytest.approx(
+        2.5 * len(targets) / math.log(2) / size, rel=1e-12)
 
 
 def test_no_sample_unless_all_processes_can(monkeypatch):
     """GPT-2's tokenizer may be at hand on one node only; the others would wait for its part of the model."""
-    monkeypatch.setattr(train, "gather", lambda value: [value, None])
-    assert train.sample(train.Config(), None, {"tokenizer": "byte"}) == ""
+    monkeypatch.setattr(evaluate, "gather", lambda value: [value, None])
+    assert evaluate.sample(config.Config(), None, {"tokenizer": "byte"}) == ""
