@@ -2,7 +2,7 @@
 on tensors that have shapes but no memory.
 
     python experiments/memory.py configs/772m_sf.py --processes=8 --card=80
-    python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_head=64 --n_embd=8192
+    python experiments/memory.py configs/772m_sf.py --processes=64 --n_layer=80 --n_embd=8000
     torchrun --standalone --nproc_per_node=4 experiments/memory.py configs/125m_sf.py --measure
 
 The last one measures weights, gradients and state on CPUs. The count is for one process, without
@@ -20,7 +20,8 @@ import os
 import sys
 from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.print_usage = lambda file: None  # a usage error gets one line
 parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--card", type=float, default=80.0, help="GB")
