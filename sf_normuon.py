@@ -188,11 +188,15 @@ def param_groups(model: nn.Module) -> list[dict]:
     """Two groups for `SFNorMuon` and its like: hidden matrices, and with use_muon=False the rest.
 
     Hidden matrices have two dimensions and are neither embeddings nor output heads: tied to an
-    embedding, or an nn.Linear with as many outputs as an embedding has rows.
+    embedding, or an nn.Linear outside the blocks with as many outputs as an embedding has rows.
+    Blocks are what an nn.ModuleList holds.
     """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inside = {m for blocks in lists for block in blocks for m in block.modules() if m is not block}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     sizes = {m.num_embeddings for m in embeddings}
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in sizes]
+    heads = [m for m in model.modules()
+             if isinstance(m, nn.Linear) and m.out_features in sizes and m not in inside]
     ids = {id(m.weight) for m in embeddings + heads}
     matrices, rest = [], []
     for p in model.parameters():
