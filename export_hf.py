@@ -4,8 +4,8 @@
     lm_eval --model hf --model_args pretrained=out/ --tasks hellaswag
     hf upload you/x out/                       publishes it
 
-Needs transformers >= 4.53, here and where the folder is read. The weights stay float32. Unlike ours,
-the tokenizer takes "<|endoftext|>" in a text for the token of that name.
+Needs transformers >= 4.53, here and where the folder is read. The weights stay float32. Unlike
+ours, the tokenizer takes "<|endoftext|>" in a text for the token of that name.
 """
 import argparse
 import json

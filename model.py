@@ -113,14 +113,14 @@ class GPT(nn.Module):
             self.initialize(name, p)
 
     def initialize(self, name: str, weight: Tensor) -> None:
-        """Draws the first value of the parameter `name` into `weight`, as GPT-2: 2 n_layer sublayers
-        add to the residual stream, so their last matrices start smaller."""
-        if weight.ndim == 2:
-            residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            nn.init.normal_(weight, std=std)
-        else:
+        """Draws the first value of the parameter `name` into `weight`, as GPT-2 does: the matrices
+        of the 2 n_layer sublayers that add to the residual stream start smaller."""
+        if weight.ndim < 2:
             nn.init.ones_(weight)
+        else:
+            residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            sublayers = 2 * self.config.n_layer if residual else 1
+            nn.init.normal_(weight, std=0.02 / math.sqrt(sublayers))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """idx (B, T) int64, T <= block_size. Returns logits (B, T, vocab_size), or with targets
@@ -217,10 +217,9 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -
         for xs, dxs, ts, ss in zip(*(t.split(CHUNK) for t in (x, dx, targets, shares))):
             logits = F.linear(xs, W)
             for z, target, share in zip(logits.split(rows), ts.split(rows), ss.split(rows)):
-                loss = cross_entropy(z, target, share)
-                losses.append(loss)
+                losses.append(cross_entropy(z, target, share))
                 if training:  # inside cross_entropy_ the compiler would copy the logits for this
-                    z.scatter_(1, target, ((-loss).expm1() * share).to(z.dtype))
+                    z.scatter_(1, target, ((-losses[-1]).expm1() * share).to(z.dtype))
             if training:  # the logits now hold their gradients
                 dxs.copy_(logits @ W)
                 dW += logits.mT @ xs

@@ -18,10 +18,10 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import torch
 
-from checkpoint import load
 from data import read_meta
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
+from state import load
 
 
 def load_run(run, device="cpu"):
@@ -55,8 +55,8 @@ def load_run(run, device="cpu"):
 
 
 def stream_text(model, tokenizer, prompt, tokens, **sampling):
-    """Continues `prompt`, a list of tokens: yields text in pieces, up to the end of the document or
-    up to `tokens` tokens. sampling: as for `GPT.stream`."""
+    """Continues `prompt`, a list of tokens, by at most `tokens` tokens, up to the document's end:
+    yields text in pieces. sampling: as for `GPT.stream`."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens can split a character
     idx = torch.tensor([[tokenizer.eot, *prompt]], device=model.wte.weight.device)
     for token in islice(model.stream(idx, vocab_size=tokenizer.vocab_size, **sampling), tokens):
@@ -108,19 +108,17 @@ def main():
         model, tokenizer, _ = load_run(args.run, args.device)
     except UnicodeDecodeError as e:
         fail(f"{args.prompt}: not UTF-8 ({e})")
-    except OSError as e:
-        fail(e)
-    except ValueError as e:
-        fail(e, 1)
+    except (OSError, ValueError) as e:
+        fail(e, 2 if isinstance(e, OSError) else 1)
     tokens = [] if prompt is None else tokenizer.encode(prompt).tolist()
     if prompt is not None and not tokens:
         fail("the prompt is empty; without --prompt, a sample is a document from its start")
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                     generator=generator)
-    on_cuda = torch.device(args.device).type == "cuda"
+    cuda = torch.device(args.device).type == "cuda"
     for i in range(args.samples):
         print("---------------\n" * (i > 0) + (prompt or ""), end="", flush=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             for text in stream_text(model, tokenizer, tokens, args.tokens, **sampling):
                 print(text, end="", flush=True)
         print()

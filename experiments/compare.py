@@ -2,14 +2,14 @@
 
     python experiments/compare.py runs/*                     your own runs: tables, and figures/
     python experiments/compare.py runs/* --target=3.28       steps, tokens and seconds to a loss
-    python experiments/compare.py --follow runs/mine         curves of a running job, runs/mine/curve.svg
+    python experiments/compare.py --follow runs/mine         a running job: runs/mine/curve.svg
     python experiments/compare.py experiments/results/small.jsonl --readme experiments/README.md
     python experiments/compare.py experiments/results/small.jsonl --readme README.md --check
 
-A row is what the study calls it: the name of the run without tune_, horizon, rate and seed. Your own
-runs are named by their optimizer and folder. Runs named tune_* are in no mean. --readme rewrites the
-text between <!-- results: small --> (all tables) or <!-- results: small headline --> (the study's
-`headline`) and <!-- /results -->; with --check nothing is written and a difference is exit status 1.
+A row is what the study calls it: the name of the run without tune_, horizon, rate and seed. Your
+own runs are named by their optimizer and folder. Runs named tune_* are in no mean. --readme
+rewrites the text between <!-- results: small --> (all tables) or <!-- results: small headline --> (what the
+study's `headline` names) and <!-- /results -->. --check exits 1 if that text differs.
 """
 import argparse
 import contextlib
@@ -26,14 +26,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 try:
-    import scipy.stats  # for runs.py
+    import scipy.stats  # noqa: F401, for runs.py
 
     import figures
 except ImportError as e:
     sys.exit(f"compare.py: {e}: pip install -r requirements-dev.txt")
 from data import write_atomically
-from runs import (SETTING, Comparison, Refused, Row, Unreadable, fraction, holm, read_run, read_runs,
-                  welch)
+from runs import (SETTING, Comparison, Refused, Row, Unreadable, fraction, holm, read_run,
+                  read_runs, welch)
 
 
 # ---- cells
@@ -68,16 +68,19 @@ def target_cells(row: Row, target: float) -> list[str]:
     for runs in row.runs.values():
         for seed, run in runs.items():
             by_seed[seed].append(run.reach(target))
-    reached = [min(filter(None, found), key=lambda e: e["tokens"], default=None) for found in by_seed.values()]
-    there = [e for e in reached if e]
-    cells = [f"{mean(e[key] for e in there):,.0f}" if there else "" for key in ("step", "tokens", "train_time_s")]
-    return [cells[0] or "not reached", *cells[1:], f"{len(there)} of {len(reached)}"]
+    seeds = f" of {len(by_seed)}"
+    there = [min(filter(None, found), key=lambda e: e["tokens"])
+             for found in by_seed.values() if any(found)]
+    if not there:
+        return ["not reached", "", "", "0" + seeds]
+    means = [mean(e[key] for e in there) for key in ("step", "tokens", "train_time_s")]
+    return [*(f"{value:,.0f}" for value in means), f"{len(there)}{seeds}"]
 
 
 # ---- tables
 
 def claims(c: Comparison) -> str:
-    """The declared claims, with p by Holm over all of them; none with fewer than 3 seeds on a side."""
+    """The declared claims, p by Holm over all of them; none with fewer than 3 seeds on a side."""
     margin, found = c.study["margin"], []
     for label, rival, times in c.study["claims"]:
         h = times * c.study["tokens"]
@@ -94,8 +97,9 @@ def claims(c: Comparison) -> str:
         verdict = "equal" if -margin < low and high < margin else (
             "open" if p >= 0.05 else "lower" if difference < 0 else "higher")
         lines.append([title, f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.2g}", verdict])
-    return (f"Declared claims, first less second, 95% interval (Welch), p by Holm; equal: the interval "
-            f"lies within ± {margin:g}:\n\n" + markdown(["", "difference", "p", "verdict"], lines))
+    return (f"Declared claims, first less second, 95% interval (Welch), p by Holm; equal: the "
+            f"interval lies within ± {margin:g}:\n\n"
+            + markdown(["", "difference", "p", "verdict"], lines))
 
 
 def tables(c: Comparison, target: float | None) -> str:
@@ -139,14 +143,16 @@ def headline(c: Comparison) -> str:
     """The rows that the study puts on the front page, and what the first of them gains."""
     words = c.study["headline"]
     rows = {label: c.rows[label] for label in words if label in c.rows}
-    lines = [[words[label], *(loss_cell(row, h) for h in c.horizons)] for label, row in rows.items()]
+    lines = [[words[label], *(loss_cell(row, h) for h in c.horizons)]
+             for label, row in rows.items()]
     first, *others = rows.values()
     for other in others:
         if other.config["optimizer"] == "adamw":
             lines.append(["the first: fraction of AdamW's tokens to AdamW's loss",
                           *(fraction_cell(first, other, h) for h in c.horizons)])
         if other.config["optimizer"] == "normuon":
-            lines.append(["the first less NorMuon", *(difference_cell(first, other, h) for h in c.horizons)])
+            lines.append(["the first less NorMuon",
+                          *(difference_cell(first, other, h) for h in c.horizons)])
     return markdown(["validation loss ± standard error (seeds)", *map(c.show, c.horizons)], lines)
 
 
@@ -170,7 +176,7 @@ def with_others(study: dict, runs: list) -> list:
 
 
 def compare(paths: list[Path], out: str | None) -> list[Comparison]:
-    """One comparison for each setting; draws the figures of each if `out`, their prefix, is given."""
+    """One comparison for each setting; draws its figures if `out`, their prefix, is given."""
     study, settings = declared(paths[0]) if len(paths) == 1 else {}, defaultdict(list)
     for run in with_others(study, read_runs(paths)):
         settings[tuple(run.config[key] for key in SETTING)].append(run)
@@ -203,8 +209,8 @@ def rewrite(page: Path, texts: dict[str, str], check: bool) -> None:
     if not any(f"<!-- results: {title} -->" in old for title in texts):
         print(f"{page} has no <!-- results: {next(iter(texts))} --> … <!-- /results -->")
     if check and new != old:
-        sys.exit(f"compare.py: {page}: its tables of {next(iter(texts))} are not what the runs say: "
-                 "run this without --check")
+        sys.exit(f"compare.py: {page}: its tables of {next(iter(texts))} are not what the runs "
+                 "say: run this without --check")
     if new != old:
         write_atomically(page, lambda file: file.write(new.encode()))
 

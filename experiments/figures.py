@@ -1,4 +1,4 @@
-"""The figures of compare.py. One function each: it takes a Comparison and the color of every row, and
+"""The figures of compare.py, a function each: it takes a Comparison and the color of every row and
 returns a figure, or None if the runs are not there."""
 import colorsys
 import math
@@ -75,7 +75,7 @@ def token_axis(c, axis) -> None:
 
 
 def label_ends(axis, ends: list[tuple[float, float, str, str]], gap: float = 0.075) -> None:
-    """Writes (x, y, words, color) beside the ends of curves, moved apart where they would overlap."""
+    """Writes (x, y, words, color) beside the ends of curves, moved apart where they overlap."""
     low, high = axis.get_ylim()
     ends = sorted(ends, key=lambda end: end[1])
     places = [(y - low) / (high - low) for _, y, _, _ in ends]
@@ -85,10 +85,6 @@ def label_ends(axis, ends: list[tuple[float, float, str, str]], gap: float = 0.0
     for (_, y, words, color), place in zip(ends, places):
         axis.annotate(words, (right, low + place * (high - low)), xytext=(8, 0), color=color,
                       textcoords="offset points", va="center", annotation_clip=False)
-
-
-def legend_beside(axis) -> None:
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_variants(c, color, knobs: list[str]):
@@ -125,7 +121,6 @@ def headline(c, color):
     if not rows:
         return None
     figure, (axis,) = panels(width=7.6)
-    axis.spines["right"].set_visible(False)
     ends = []
     for row, shade in zip(rows, palette(len(rows))):
         points = curve(axis, row, c.horizons[0] / 2, color=shade)
@@ -146,14 +141,15 @@ def loss(c, color):
     values.sort()
     token_axis(c, axis)
     axis.set(ylabel=LOSS, ylim=(values[0] * 0.98, values[int(len(values) * 0.97)] * 1.02))
-    legend_beside(axis)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def difference(c, color):
     """To the best tuned NorMuon, with 95% bands; the margin of the study is shaded."""
     normuon = c.reference("normuon")
-    rows = [row for row in c.rows.values() if row is not normuon]
+    rows = [row for row in c.rows.values()  # with a band
+            if row is not normuon and max(map(len, row.runs.values())) > 1]
     if not (normuon and rows):
         return None
     figure, (axis,) = panels(width=9.0)
@@ -175,7 +171,7 @@ def difference(c, color):
     token_axis(c, axis)
     axis.set(ylabel=f"loss less {normuon.label}'s (nats)",
              ylim=(min(-0.02, middle[0] - 0.02), middle[int(0.9 * (len(middle) - 1))] + 0.05))
-    legend_beside(axis)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -218,7 +214,7 @@ def steady_state(c, color):
 
 
 def tuning(c, color):
-    """The tuning runs at the longest length that most methods were tuned at (Fig. 5 of the paper)."""
+    """Tuning runs at the longest length that most methods were tuned at (Fig. 5 of the paper)."""
     points = {}  # horizon: label: [(rate, loss)]
     for row in c.rows.values():
         for run in row.tuning:
@@ -245,7 +241,7 @@ def tuning(c, color):
              ylim=(min(values) * 0.98, min(max(values) * 1.01, min(values) * 1.35)))
     axis.set_xticks([2.0**k for k in powers], [f"{2.0**k:.2g}" for k in powers])
     axis.minorticks_off()
-    legend_beside(axis)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -273,7 +269,7 @@ STATUS = {"step": "step {:,}", "tokens": "{:,} tokens", "loss": "loss at y {:.4f
 
 
 def follow(folders: list[Path], read) -> None:
-    """Draws runs again as their logs grow, until all have ended or Ctrl-C. read(folder) gives a run."""
+    """Draws runs again as their logs grow, until all have ended or Ctrl-C. read: folder to run."""
     print(f"the curve is in {folders[0] / 'curve.svg'}; Ctrl-C ends this command only", flush=True)
     lines = [tqdm(bar_format="{desc}", position=i, dynamic_ncols=True) for i in range(len(folders))]
     runs, sizes = [], []

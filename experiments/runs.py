@@ -242,8 +242,8 @@ def first_crossing(tokens: list[int], values: list[float]) -> float | None:
 
 
 def fraction(row: Row, other: Row, h: int) -> list[str]:
-    """Tokens at which a row reaches the other's loss at h, as a fraction of h, and its interval: the
-    token counts at which the 95% interval of the difference contains 0."""
+    """Tokens at which a row reaches the other's loss at h, as a fraction of h, and its interval:
+    the token counts at which the 95% interval of the difference contains 0."""
     curve = row.curve()
     found = [welch(losses, other.losses(h)) for losses in curve.values()]
     cells = []
@@ -256,4 +256,4 @@ def fraction(row: Row, other: Row, h: int) -> list[str]:
             cells.append(f"> {max(curve) / h:.2f}")
         else:
             cells.append("< " * (at == min(curve)) + f"{at / h:.2f}")
-    return cells
+    return cells[:1] if cells[0][0] in "<>" else cells

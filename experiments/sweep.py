@@ -32,66 +32,27 @@ The same command goes on after any interruption.
 import argparse
 import ctypes
 import json
-import math
 import os
 import platform
-import random
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from checkpoint import MAY_CHANGE, lock
+from checkpoint import lock
 from data import write_atomically
+from plan import Plan, read_study
 from runs import Refused, read_log, read_results
 
 TRAIN_LINES = 32  # kept of each run
-WIDENINGS = 6  # of a grid, at most: a loss that does not depend on the rate would widen it forever
 
-
-def read_study(path: str) -> SimpleNamespace:
-    try:
-        study = SimpleNamespace(**{"draws": 12, "draw_seed": 0, "rungs": (), "tuning": {},
-                                   **runpy.run_path(path), "name": Path(path).stem})
-        for name, knobs in study.optimizers.items():
-            method = {"horizons": study.horizons, "seeds": study.seeds, "draws": study.draws,
-                      "space": {}, "lr": None, **study.base, **knobs}
-            study.optimizers[name] = method
-            check_method(study, name, method)
-    except FileNotFoundError:
-        raise Refused(f"{path}: no such study")
-    except Exception as e:
-        raise Refused(f"{path} is not a study: {type(e).__name__}: {e}")
-    study.file = ROOT / "experiments/results" / f"{study.name}.jsonl"
-    study.runs = ROOT / "runs" / study.name
-    return study
-
-
-def check_method(study, name: str, method: dict) -> None:
-    if {*method["seeds"]} & {*study.tuning_seeds}:
-        raise ValueError(f"{name}: tuning_seeds must be other seeds than those reported")
-    if not method["space"]:
-        return
-    if method["horizons"][0] not in study.rungs:
-        raise ValueError(f"{name}: its first horizon must be one of the rungs, {study.rungs}")
-    if len(study.tuning_seeds) < 2:
-        raise ValueError(f"{name}: a space needs at least two tuning_seeds")
-    text = [{"eval_offset": 0, **method, **more} for more in ({}, study.tuning)]
-    if not text[0]["eval_offset"] + text[0]["eval_tokens"] <= text[1]["eval_offset"]:
-        raise ValueError(f"{name}: tuning must have an eval_offset beyond the reported text")
-
-
-# ---- results, one file a study
 
 def keep(study, name: str) -> None:
     """Adds an ended run to the results; a run that went further replaces its line."""
@@ -116,104 +77,6 @@ def machine() -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "system": platform.system(),
             "python": platform.python_version(), "torch": torch.__version__}
-
-
-# ---- what is to be done
-
-def draw(space: dict, draws: int, seed) -> list[dict]:
-    """Configurations that spread every knob evenly over its values or range (a Latin hypercube)."""
-    rng = random.Random(seed)  # only random() is the same in all versions of Python
-    configs = [{} for _ in range(draws)]
-    for knob, values in space.items():
-        for i, config in enumerate(sorted(configs, key=lambda _: rng.random())):
-            part = (i + rng.random()) / draws
-            if isinstance(values, tuple):
-                low, high = values
-                value = float(f"{low * (high / low) ** part:.3g}")
-            else:
-                value = values[int(part * len(values))]
-            config.update(value if isinstance(value, dict) else {knob: value})
-    return configs
-
-
-def choose(rates: list[float], score) -> float | None:
-    """The best rate of a grid that grows until it is not at the edge; None while a score is."""
-    scores = {rate: score(rate) for rate in rates}
-    while None not in scores.values():
-        best = min(scores, key=scores.get)
-        at_edge = {min(scores): best / 2, max(scores): best * 2}
-        if best not in at_edge or math.isinf(scores[best]) or len(scores) == len(rates) + WIDENINGS:
-            return best
-        scores[at_edge[best]] = score(at_edge[best])
-
-
-class Plan:
-    """The runs that are left: `ready`, (name, knobs of train.py), and `later`, (title, knobs),
-    those whose configuration the others choose."""
-
-    def __init__(self, study):
-        self.study, self.results = study, read_results(study.file)
-        self.ready, self.later = [], []
-        for name, method in study.optimizers.items():
-            self.add(name, **method)
-
-    def add(self, name, horizons, seeds, draws, space, lr, **knobs) -> None:
-        scheduled = "schedule" in space or knobs.get("schedule", "constant") != "constant"
-        rates = lr if isinstance(lr, list) else None
-        config, tag = {**knobs, "lr": lr}, ""
-        drawn = draw(space, draws, f"{self.study.draw_seed} {name}")
-        left = [(f"_c{i}", {**config, **values}) for i, values in enumerate(drawn)]  # best first
-        for targets in [[h] for h in horizons] if scheduled else [horizons]:
-            title = f"{name}_{targets[0]}x" if scheduled else name
-            rungs = [h for h in targets if space and h in self.study.rungs]
-            for rung in rungs:
-                if rung != self.study.rungs[0]:
-                    left = left[:math.ceil(len(left) / 3)]
-                left = self.sort(title, left, [h for h in targets if h <= rung])
-                tag, config = left[0]
-            if rates and not rungs:
-                rate = choose(rates, lambda rate: self.score(
-                    title + tag, rate and {**config, "lr": rate}, targets))
-                config = rate and {**config, "lr": rate}
-            if rates or space:  # the next horizon starts from here
-                rates = [config["lr"] * k for k in (0.5, 1, 2)] if config else [None] * 3
-            for seed in seeds:
-                self.loss(title, config, seed, targets)
-
-    def sort(self, title: str, configs: list[tuple], horizons: list[int]) -> list[tuple]:
-        """The (tag, config), best first; none is known while a score is not."""
-        scores = {tag: self.score(title + tag, config, horizons) for tag, config in configs}
-        if None in scores.values():
-            return [("", None)] * len(configs)
-        return sorted(configs, key=lambda candidate: scores[candidate[0]])
-
-    def score(self, title: str, config: dict | None, horizons: list[int]) -> float | None:
-        losses = [self.loss(title, config, seed, horizons) for seed in self.study.tuning_seeds]
-        return None if None in losses else mean(losses)
-
-    def loss(self, title: str, config: dict | None, seed: int, horizons: list[int]) -> float | None:
-        """Mean validation loss of a run at these horizons, inf if it diverged before one of them.
-        A run without a result goes on the list."""
-        tuning = seed in self.study.tuning_seeds
-        knobs = {**(config or {}), **(self.study.tuning if tuning else {}),
-                 "seed": seed, "max_tokens": max(horizons) * self.study.tokens}
-        if config is None:
-            return self.later.append((title, knobs))
-        name = f"{'tune_' * tuning}{title}_lr{config['lr']:g}_seed{seed}"
-        run = self.results.get(name)
-        if run is None or run["config"]["max_tokens"] < knobs["max_tokens"]:
-            return self.ready.append((name, knobs))
-        check_same(self.study, run, knobs)
-        losses = {line["tokens"]: line["val_loss"] for line in run["evals"]}
-        return mean(losses.get(h * self.study.tokens, math.inf) for h in horizons)
-
-
-def check_same(study, run: dict, knobs: dict) -> None:
-    for key, value in json.loads(json.dumps(knobs)).items():
-        kept = run["config"].get(key, value)
-        if key not in MAY_CHANGE and kept != value:
-            raise Refused(f"{run['name']} in {study.file.relative_to(ROOT)} has {key} {kept}, the study "
-                          f"says {value}: rename the method or delete the line")
 
 
 # ---- doing it
@@ -326,7 +189,7 @@ def main() -> None:
     lock(study.runs)
     others = {json.dumps(run["machine"]) for run in read_results(study.file).values()}
     if others - {json.dumps(machine())}:
-        print(f"{study.file.relative_to(ROOT)}: runs of another machine, so seconds will not compare")
+        print(f"{study.file.relative_to(ROOT)} has runs of another machine: seconds do not compare")
     work(study, jobs, processes)
 
 

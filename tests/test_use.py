@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import config
+import evaluate
 import export_hf
 import sample
-import train
 from data import TokenBatches, write_shard
 from model import GPT, GPTConfig
 from prepare_fineweb import get_tokenizer
@@ -197,8 +198,8 @@ def test_export(finished, tmp_path, call, name):
     idx = torch.randint(0, tokenizer.vocab_size, (2, gpt.config.block_size))
     logits = model(idx).logits
     assert logits.shape == (*idx.shape, gpt.config.vocab_size) and (logits - gpt(idx)).abs().max() < 1e-5
-    for config in (model.config, model.generation_config, theirs):
-        assert config.eos_token_id == config.bos_token_id == tokenizer.eot
+    for ids in (model.config, model.generation_config, theirs):
+        assert ids.eos_token_id == ids.bos_token_id == tokenizer.eot
     for text in text_for(name):
         ids = theirs(text)["input_ids"]
         assert ids == tokenizer.encode(text).tolist(), text
@@ -212,6 +213,47 @@ def test_export(finished, tmp_path, call, name):
         assert f"at step 12 | {loss:.4f} nats" in card and f"{math.exp(loss):.2f}" in card
         greedy = model.generate(idx[:1, :5], max_new_tokens=20, do_sample=False)
         assert torch.equal(greedy, gpt.generate(idx[:1, :5], greedy.size(1) - 5, temperature=0, vocab_size=257))
+
+
+def test_padded_batches(finished, tmp_path, call):
+    """Texts of different lengths, generated together, are those that are generated one by one."""
+    transformers = pytest.importorskip("transformers")
+    assert call(export_hf.main, finished.folder, tmp_path / "out")[0] == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["a", "def main(", "for"]
+    generate = lambda batch: model.generate(**batch, max_new_tokens=20, do_sample=False)
+    together = generate(tokenizer(texts, padding=True, return_tensors="pt"))
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id
+    for text, row in zip(texts, together):
+        alone = generate(tokenizer(text, return_tensors="pt"))[0]
+        ended = tokenizer.decode(row, skip_special_tokens=True)
+        assert ended.startswith(text) and ended == tokenizer.decode(alone, skip_special_tokens=True)
+    # The class's name in transformers 4, which also 5 reads.
+    assert '"PreTrainedTokenizerFast"' in (tmp_path / "out/tokenizer_config.json").read_text()
+
+
+def without(module, script, *argv):
+    """The script, as a process of its own where this module cannot be imported."""
+    code = (f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv = [{script!r}, *sys.argv[1:]];"
+            f"runpy.run_path({str(REPO / script)!r}, run_name='__main__')")
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def test_export_without_transformers(finished, tmp_path):
+    """Also an old version, which lacks the model: one line that says what to install."""
+    result = without("transformers", "export_hf.py", finished.folder, tmp_path / "out")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "transformers >= 4.53" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_reading_needs_no_lock(finished, tmp_path):
+    """Windows has no fcntl; sampling and exporting lock nothing."""
+    result = without("fcntl", "sample.py", finished.folder, "--tokens=5")
+    assert result.returncode == 0 and result.stdout, result.stderr
+    result = without("fcntl", "export_hf.py", finished.folder, tmp_path / "out")
+    assert result.returncode == 0 and (tmp_path / "out/model.safetensors").exists(), result.stderr
 
 
 def test_export_spares_what_is_there(finished, tmp_path, call):
@@ -389,16 +431,17 @@ def test_bits_per_byte(tmp_path, name):
     documents = [tokenizer.encode(text) for text in text_for(name)[:40] for _ in range(3)]
     tokens = np.concatenate([part for document in documents for part in ([tokenizer.eot], document)])
     write_shard(tmp_path / "x_val_000000.bin", tokens)
-    cfg = train.parse(["--block_size=16", "--total_batch_tokens=256", "--eval_tokens=1700", "--device=cpu"])
+    cfg = config.parse(["--block_size=16", "--total_batch_tokens=256", "--eval_tokens=1700", "--device=cpu"])
     targets = tokens[1 : 1 + 1700 // 16 * 16]
     size = sum(len(tokenizer.symbols[t]) for t in targets if t != tokenizer.eot)
     text = tokenizer.decode([t for t in targets if t != tokenizer.eot]).encode()
     assert abs(size - len(text)) < 8  # the last character may be cut, and then decodes to another
     data = TokenBatches(tmp_path, "val", 16, 50304)
-    assert train.bits_per_byte(cfg, data, tokenizer, 2.5) == pytest.approx(2.5 * len(targets) / math.log(2) / size, rel=1e-12)
+    assert evaluate.bits_per_byte(cfg, data, tokenizer, 2.5) == pytest.approx(
+        2.5 * len(targets) / math.log(2) / size, rel=1e-12)
 
 
 def test_no_sample_unless_all_processes_can(monkeypatch):
     """GPT-2's tokenizer may be at hand on one node only; the others would wait for its part of the model."""
-    monkeypatch.setattr(train, "gather", lambda value: [value, None])
-    assert train.sample(train.Config(), None, {"tokenizer": "byte"}) == ""
+    monkeypatch.setattr(evaluate, "gather", lambda value: [value, None])
+    assert evaluate.sample(config.Config(), None, {"tokenizer": "byte"}) == ""

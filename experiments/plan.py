@@ -1,0 +1,143 @@
+"""Which runs a study has left: draws, successive halving, grids of rates. sweep.py's header says
+how a study is written."""
+import json
+import math
+import random
+import runpy
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+
+from checkpoint import MAY_CHANGE
+from runs import Refused, read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDENINGS = 6  # of a grid, at most: a loss that does not depend on the rate would widen it forever
+
+
+def read_study(path: str) -> SimpleNamespace:
+    try:
+        study = SimpleNamespace(**{"draws": 12, "draw_seed": 0, "rungs": (), "tuning": {},
+                                   **runpy.run_path(path), "name": Path(path).stem})
+        for name, knobs in study.optimizers.items():
+            method = {"horizons": study.horizons, "seeds": study.seeds, "draws": study.draws,
+                      "space": {}, "lr": None, **study.base, **knobs}
+            study.optimizers[name] = method
+            check_method(study, name, method)
+    except FileNotFoundError:
+        raise Refused(f"{path}: no such study")
+    except Exception as e:
+        raise Refused(f"{path} is not a study: {type(e).__name__}: {e}")
+    study.file = ROOT / "experiments/results" / f"{study.name}.jsonl"
+    study.runs = ROOT / "runs" / study.name
+    return study
+
+
+def check_method(study, name: str, method: dict) -> None:
+    if {*method["seeds"]} & {*study.tuning_seeds}:
+        raise ValueError(f"{name}: tuning_seeds must be other seeds than those reported")
+    if not method["space"]:
+        return
+    if method["horizons"][0] not in study.rungs:
+        raise ValueError(f"{name}: its first horizon must be one of the rungs, {study.rungs}")
+    if len(study.tuning_seeds) < 2:
+        raise ValueError(f"{name}: a space needs at least two tuning_seeds")
+    text = [{"eval_offset": 0, **method, **more} for more in ({}, study.tuning)]
+    if not text[0]["eval_offset"] + text[0]["eval_tokens"] <= text[1]["eval_offset"]:
+        raise ValueError(f"{name}: tuning must have an eval_offset beyond the reported text")
+
+
+def draw(space: dict, draws: int, seed) -> list[dict]:
+    """Configurations that spread every knob evenly over its values or range (a Latin hypercube)."""
+    rng = random.Random(seed)  # only random() is the same in all versions of Python
+    configs = [{} for _ in range(draws)]
+    for knob, values in space.items():
+        for i, config in enumerate(sorted(configs, key=lambda _: rng.random())):
+            part = (i + rng.random()) / draws
+            if isinstance(values, tuple):
+                low, high = values
+                value = float(f"{low * (high / low) ** part:.3g}")
+            else:
+                value = values[int(part * len(values))]
+            config.update(value if isinstance(value, dict) else {knob: value})
+    return configs
+
+
+def choose(rates: list[float], score) -> float | None:
+    """The best rate of a grid that grows until it is not at the edge; None while a score is."""
+    scores = {rate: score(rate) for rate in rates}
+    while None not in scores.values():
+        best = min(scores, key=scores.get)
+        at_edge = {min(scores): best / 2, max(scores): best * 2}
+        if best not in at_edge or math.isinf(scores[best]) or len(scores) == len(rates) + WIDENINGS:
+            return best
+        scores[at_edge[best]] = score(at_edge[best])
+
+
+class Plan:
+    """The runs that are left: `ready`, (name, knobs of train.py), and `later`, (title, knobs),
+    those whose configuration the others choose."""
+
+    def __init__(self, study):
+        self.study, self.results = study, read_results(study.file)
+        self.ready, self.later = [], []
+        for name, method in study.optimizers.items():
+            self.add(name, **method)
+
+    def add(self, name, horizons, seeds, draws, space, lr, **knobs) -> None:
+        scheduled = "schedule" in space or knobs.get("schedule", "constant") != "constant"
+        rates = lr if isinstance(lr, list) else None
+        config, tag = {**knobs, "lr": lr}, ""
+        drawn = draw(space, draws, f"{self.study.draw_seed} {name}")
+        left = [(f"_c{i}", {**config, **values}) for i, values in enumerate(drawn)]  # best first
+        for targets in [[h] for h in horizons] if scheduled else [horizons]:
+            title = f"{name}_{targets[0]}x" if scheduled else name
+            rungs = [h for h in targets if space and h in self.study.rungs]
+            for rung in rungs:
+                if rung != self.study.rungs[0]:
+                    left = left[:math.ceil(len(left) / 3)]
+                left = self.sort(title, left, [h for h in targets if h <= rung])
+                tag, config = left[0]
+            if rates and not rungs:
+                rate = choose(rates, lambda rate: self.score(
+                    title + tag, rate and {**config, "lr": rate}, targets))
+                config = rate and {**config, "lr": rate}
+            if rates or space:  # the next horizon starts from here
+                rates = [config["lr"] * k for k in (0.5, 1, 2)] if config else [None] * 3
+            for seed in seeds:
+                self.loss(title, config, seed, targets)
+
+    def sort(self, title: str, configs: list[tuple], horizons: list[int]) -> list[tuple]:
+        """The (tag, config), best first; none is known while a score is not."""
+        scores = {tag: self.score(title + tag, config, horizons) for tag, config in configs}
+        if None in scores.values():
+            return [("", None)] * len(configs)
+        return sorted(configs, key=lambda candidate: scores[candidate[0]])
+
+    def score(self, title: str, config: dict | None, horizons: list[int]) -> float | None:
+        losses = [self.loss(title, config, seed, horizons) for seed in self.study.tuning_seeds]
+        return None if None in losses else mean(losses)
+
+    def loss(self, title: str, config: dict | None, seed: int, horizons: list[int]) -> float | None:
+        """Mean validation loss of a run at these horizons, inf if it diverged before one of them.
+        A run without a result goes on the list."""
+        tuning = seed in self.study.tuning_seeds
+        knobs = {**(config or {}), **(self.study.tuning if tuning else {}),
+                 "seed": seed, "max_tokens": max(horizons) * self.study.tokens}
+        if config is None:
+            return self.later.append((title, knobs))
+        name = f"{'tune_' * tuning}{title}_lr{config['lr']:g}_seed{seed}"
+        run = self.results.get(name)
+        if run is None or run["config"]["max_tokens"] < knobs["max_tokens"]:
+            return self.ready.append((name, knobs))
+        check_same(self.study, run, knobs)
+        losses = {line["tokens"]: line["val_loss"] for line in run["evals"]}
+        return mean(losses.get(h * self.study.tokens, math.inf) for h in horizons)
+
+
+def check_same(study, run: dict, knobs: dict) -> None:
+    for key, value in json.loads(json.dumps(knobs)).items():
+        kept = run["config"].get(key, value)
+        if key not in MAY_CHANGE and kept != value:
+            raise Refused(f"{study.file.relative_to(ROOT)}: {run['name']} has {key} {kept}, the "
+                          f"study says {value}: rename the method or delete the line")
