@@ -223,6 +223,7 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -
             if training:  # the logits now hold their gradients
                 dxs.copy_(logits @ W)
                 dW += logits.mT @ xs
+            del logits, z  # before the next chunk's logits exist
     return WithGradients.apply((torch.cat(losses) * shares).sum(), x, W, dx, dW)
 
 

@@ -129,7 +129,7 @@ def test_memory_counts_on_a_card(tmp_path):
 def test_a_study_runs_on_a_card(tmp_path):
     for name in ("experiments/studies", "data"):
         (tmp_path / name).mkdir(parents=True)
-    for file in (*REPO.glob("*.py"), REPO / "experiments/sweep.py"):
+    for file in (*REPO.glob("*.py"), *(REPO / "experiments").glob("*.py")):
         shutil.copy(file, tmp_path / file.relative_to(REPO))
     for split in ("train", "val"):
         write_shard(tmp_path / f"data/x_{split}_000000.bin", np.arange(400) % 64)
