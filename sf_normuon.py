@@ -35,19 +35,13 @@ else:
 
 
 class SFNorMuon(torch.optim.Optimizer):
-    """Schedule-free NorMuon. Needs no schedule and no horizon.
-
-        opt = SFNorMuon(param_groups(model))
-        opt.train()  # the parameters are y: before the forward pass of every training step
-        opt.step()
-        opt.eval()   # the parameters are x: before evaluating, sampling or saving the model
+    """Schedule-free NorMuon, without a schedule and a horizon: opt = SFNorMuon(param_groups(model)).
 
     params: as for torch.optim, plain tensors or DTensors of `fully_shard` (then every process calls
-        every method). A group may have use_muon, lr, betas, momentum, weight_decay, eps of its own.
-        use_muon=True (default): hidden matrices (m, n), or stacks of them (E, m, n).
-        use_muon=False: everything else, embeddings and the output head included.
+        every method). A group may have lr, betas, momentum, weight_decay, eps of its own, and
+        use_muon. True (default): hidden matrices (m, n), or stacks of them (E, m, n). False: the rest.
     lr: η, read at every step; at 0 nothing moves. momentum: μ. weight_decay: λ. eps: ε.
-    betas: β1, how far y is from z towards x, in (0, 1]; β2, of the second moments.
+    betas: β1 in (0, 1], how far y is from z towards x; β2, of the second moments.
     adam_betas: the same for groups with use_muon=False that bring no betas of their own.
     warmup_steps: T_warmup. ns_steps, ns_dtype: steps and dtype of `newton_schulz`.
     decay_at: "z" (the method), "y" or "none" (paper, Fig. 2). normalize_rows: False: Fig. 3.
@@ -55,10 +49,10 @@ class SFNorMuon(torch.optim.Optimizer):
     beta_power: p of AMUSE's rule for β (arXiv:2605.22432, its ρ): 1-β1 falls as (T_warmup / t)^p
         after the warm-up. The paper's method has r = p = 0.
 
-    A parameter without a gradient is skipped, while its group's t goes on. Raises ValueError for
-    values out of range and for parameters or gradients that no step can take, before anything
-    moves; nothing for gradients that are not finite. Keep parameters in float32: bfloat16 loses
-    small updates. Only Newton-Schulz is compiled; torch.compile(opt.step) would compile every step.
+    A parameter without a gradient is skipped, while its group's t goes on. ValueError, before
+    anything moves, for parameters, gradients or values that no step can take; gradients that are not
+    finite raise nothing. Keep parameters in float32: bfloat16 loses small updates. Only Newton-Schulz
+    is compiled; torch.compile(opt.step) would compile every step.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), momentum=0.8,
@@ -134,14 +128,14 @@ class SFNorMuon(torch.optim.Optimizer):
         group["beta"] = beta1
 
     def train(self):
-        """Makes the parameters y, where gradients are taken. In place, idempotent, local."""
+        """Makes the parameters y: before the forward pass of a training step. In place, idempotent."""
         for group in self.param_groups:
             if not group["train_mode"]:
                 towards_z(self, group["params"], 1 - group["beta"])  # y = x + (1-β1) (z - x)
             group["train_mode"] = True
 
     def eval(self):
-        """Makes the parameters x, the averaged weights: the model. In place, idempotent, local."""
+        """Makes the parameters x: before evaluating, sampling or saving. In place, idempotent."""
         for group in self.param_groups:
             if group["train_mode"]:
                 towards_z(self, group["params"], 1 - 1 / group["beta"])  # x = y + (1-1/β1) (z - y)
@@ -241,17 +235,18 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
         return G.clone()
     if G.ndim > 2 and not G.is_cuda:  # on a CPU, products of two dimensions are the fast ones
         return torch.stack([newton_schulz(M, steps, dtype) for M in G])
-    dtype = dtype or default_dtype(G)
-    iterate = compile_iteration() if G.is_cuda else iteration
-    P = iterate(G.reshape(-1, *G.shape[-2:]) if G.is_cuda else G, steps, dtype)
-    return P.to(G.dtype).reshape(G.shape).contiguous()
+    dtype = dtype or (torch.bfloat16 if G.is_cuda else torch.float32)
+    if G.is_cuda:
+        P = compile_iteration()(G.reshape(-1, *G.shape[-2:]), steps, dtype).reshape(G.shape)
+    else:
+        P = iteration(G, steps, dtype)
+    return P.to(G.dtype).contiguous()
 
 
 def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), on CUDA (B, m, n)
     a, b, c = 3.4445, -4.7750, 2.0315
     addmm = torch.addmm if G.ndim == 2 else torch.baddbmm  # two passes over memory less than a + b @ c
-    wide = G.to(torch.promote_types(G.dtype, torch.float32))
-    norm = torch.linalg.matrix_norm(wide, keepdim=True)
+    norm = torch.linalg.matrix_norm(G.to(torch.promote_types(G.dtype, torch.float32)), keepdim=True)
     X = (G / norm.clamp(min=1e-19)).to(dtype)
     m, n = G.shape[-2:]
     if m > n:  # so that X Xᵀ is of the smaller size
@@ -274,10 +269,6 @@ def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), o
                 A = p @ A @ p if left else None
             X = Q @ X
     return X.mT if m > n else X
-
-
-def default_dtype(G: Tensor) -> torch.dtype:
-    return torch.bfloat16 if G.is_cuda else torch.float32
 
 
 # ---- many processes
@@ -311,7 +302,8 @@ def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None)
     whole = [Shard(0)] * len(rows)
     wrap = functools.partial(DTensor.from_local, device_mesh=like.device_mesh, run_check=False,
                              shape=torch.Size([len(Ms), m, n]), stride=(m * n, n, 1))
-    stack = wrap(torch.stack(Ms).to(dtype or default_dtype(Ms[0])), placements=rows)
+    dtype = dtype or (torch.bfloat16 if Ms[0].is_cuda else torch.float32)
+    stack = wrap(torch.stack(Ms).to(dtype), placements=rows)
     stack = stack.redistribute(placements=split).redistribute(placements=whole)
     stack = wrap(newton_schulz(stack.to_local(), steps, dtype), placements=whole)
     stack = stack.redistribute(placements=split).redistribute(placements=rows)
@@ -367,14 +359,13 @@ def towards_z(optimizer, params, *weights: float) -> None:
 
 def check_group(group: dict, *names: str) -> None:
     """Raises ValueError for a group that no step can take. `names`: more that must not be < 0."""
-    for name in ("lr", "weight_decay", "eps", "warmup_steps", *names):
-        if not group.get(name, 0) >= 0:
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
+    least = dict.fromkeys(("lr", "weight_decay", "eps", "warmup_steps", *names), 0)
+    for name, value in {**least, "ns_steps": 1}.items():
+        if not group.get(name, value) >= value:
+            raise ValueError(f"{name} must be at least {value}, got {group[name]}")
     for name, value in (("beta2", group["betas"][1]), ("momentum", group.get("momentum", 0))):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
-    if group.get("ns_steps", 1) not in range(1, 100):
-        raise ValueError(f"ns_steps must be a whole number from 1 to 99, got {group['ns_steps']}")
     for p in group["params"]:
         what = f"the parameter of shape {tuple(p.shape)}"
         placements = getattr(p, "placements", ())
