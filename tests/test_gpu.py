@@ -43,7 +43,8 @@ EXACT = """
 import runpy, sys, torch
 import sf_normuon
 torch.set_float32_matmul_precision = lambda precision: None  # no TF32
-sf_normuon.default_dtype = lambda G: torch.float32
+newton_schulz = sf_normuon.newton_schulz
+sf_normuon.newton_schulz = lambda G, steps, dtype: newton_schulz(G, steps, torch.float32)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
