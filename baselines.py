@@ -161,7 +161,8 @@ class ScheduleFreePlus(torch.optim.Optimizer):
     it raises ValueError, except at lr 0. lr multiplies Polyak's step. averaging_power: r.
     polyak_beta: βp. beta_anneal_steps 0: β stays. use_muon has no meaning. Clipped gradients make
     the step longer. The released class stores ê in the place of e, and so corrects it twice if
-    βp > 0: a hidden warm-up of some hundred steps. This one is the formula. Parameters, train(), eval(): as for `SFNorMuon`.
+    βp > 0: a hidden warm-up of some hundred steps. This one is the formula. Parameters, train(),
+    eval(): as for `SFNorMuon`.
     """
     train, eval = SFNorMuon.train, SFNorMuon.eval
 

@@ -148,7 +148,7 @@ def skip_bytes(file, n):
 
 def read_json(file, place, column):
     """An object a line, or one list of objects."""
-    decode = json.JSONDecoder(parse_int=float).decode  # int() limits the digits, of other columns too
+    decode = json.JSONDecoder(parse_int=float).decode  # int() limits the digits
 
     def parse(at, text):
         try:

@@ -35,11 +35,11 @@ else:
 
 
 class SFNorMuon(torch.optim.Optimizer):
-    """Schedule-free NorMuon, without a schedule and a horizon: opt = SFNorMuon(param_groups(model)).
+    """Schedule-free NorMuon, without schedule and horizon: opt = SFNorMuon(param_groups(model)).
 
     params: as for torch.optim, plain tensors or DTensors of `fully_shard` (then every process calls
-        every method). A group may have lr, betas, momentum, weight_decay, eps of its own, and
-        use_muon. True (default): hidden matrices (m, n), or stacks of them (E, m, n). False: the rest.
+        every method). A group may override lr, betas, momentum, weight_decay and eps.
+        use_muon=True (default): hidden matrices (m, n) or stacks of them (E, m, n); False: the rest.
     lr: η, read at every step; at 0 nothing moves. momentum: μ. weight_decay: λ. eps: ε.
     betas: β1 in (0, 1], how far y is from z towards x; β2, of the second moments.
     adam_betas: the same for groups with use_muon=False that bring no betas of their own.
@@ -49,10 +49,10 @@ class SFNorMuon(torch.optim.Optimizer):
     beta_power: p of AMUSE's rule for β (arXiv:2605.22432, its ρ): 1-β1 falls as (T_warmup / t)^p
         after the warm-up. The paper's method has r = p = 0.
 
-    A parameter without a gradient is skipped, while its group's t goes on. ValueError, before
-    anything moves, for parameters, gradients or values that no step can take; gradients that are not
-    finite raise nothing. Keep parameters in float32: bfloat16 loses small updates. Only Newton-Schulz
-    is compiled; torch.compile(opt.step) would compile every step.
+    A parameter without a gradient is skipped, while its group's t goes on. Raises ValueError for
+    parameters, gradients and values that no step can take, before anything moves; nothing for
+    gradients that are not finite. Keep parameters in float32: bfloat16 loses small updates. Only
+    Newton-Schulz is compiled; torch.compile(opt.step) would compile every step.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), momentum=0.8,
@@ -128,7 +128,7 @@ class SFNorMuon(torch.optim.Optimizer):
         group["beta"] = beta1
 
     def train(self):
-        """Makes the parameters y: before the forward pass of a training step. In place, idempotent."""
+        """Makes the parameters y: before a training step's forward pass. In place, idempotent."""
         for group in self.param_groups:
             if not group["train_mode"]:
                 towards_z(self, group["params"], 1 - group["beta"])  # y = x + (1-β1) (z - x)
@@ -245,7 +245,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 
 def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), on CUDA (B, m, n)
     a, b, c = 3.4445, -4.7750, 2.0315
-    addmm = torch.addmm if G.ndim == 2 else torch.baddbmm  # two passes over memory less than a + b @ c
+    addmm = torch.addmm if G.ndim == 2 else torch.baddbmm  # fewer passes over memory
     norm = torch.linalg.matrix_norm(G.to(torch.promote_types(G.dtype, torch.float32)), keepdim=True)
     X = (G / norm.clamp(min=1e-19)).to(dtype)
     m, n = G.shape[-2:]
@@ -339,8 +339,8 @@ def begin_step(optimizer, closure):
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         kind, g = (p.layout, p.shape, p.dtype, p.device), p.grad
         if g is not None and (g.layout, g.shape, g.dtype, g.device) != kind:
-            raise ValueError(f"the gradient of the parameter of shape {tuple(p.shape)} must be dense "
-                             f"and like it: {g.layout}, {g.dtype}, {tuple(g.shape)}, {g.device}")
+            raise ValueError(f"the gradient of the parameter of shape {tuple(p.shape)} must be "
+                             f"dense and like it: {g.layout}, {g.dtype}, {tuple(g.shape)}, {g.device}")
     return loss
 
 

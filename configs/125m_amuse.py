@@ -1,4 +1,5 @@
-# AMUSE (arXiv:2605.22432) at 125M, with its authors' values for 124M; their warm-up is 6000 of 16000 steps.
+# AMUSE (arXiv:2605.22432) at 125M, with its authors' values for 124M.
+# Their warm-up is 6000 of 16000 steps.
 optimizer = "amuse"
 max_tokens = 20e9  # 8x
 lr = 0.01

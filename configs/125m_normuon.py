@@ -1,4 +1,5 @@
-# NorMuon (arXiv:2510.05491) with a cosine schedule for one horizon at 125M; --schedule=linear or wsd are the others.
+# NorMuon (arXiv:2510.05491) with a cosine schedule for one horizon at 125M.
+# The other schedules: --schedule=linear, --schedule=wsd.
 optimizer = "normuon"
 schedule = "cosine"
 max_tokens = 2.5e9  # 1x

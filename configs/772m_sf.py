@@ -1,4 +1,4 @@
-# SF-NorMuon at 772M. Nothing depends on max_tokens: stop whenever you like, or go on with a larger one.
+# SF-NorMuon at 772M. Nothing depends on max_tokens: stop at any time, or go on with a larger one.
 n_layer = 36
 n_head = 20
 n_embd = 1280

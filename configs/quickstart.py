@@ -1,5 +1,5 @@
 # A small byte-level model of Python source code: a minute or two on two CPU cores.
-data_dir = "data/stdlib"  # made from the Python standard library's own source files when it is missing
+data_dir = "data/stdlib"  # made from Python's standard library when it is missing
 n_layer = 4
 n_head = 4
 n_embd = 64

@@ -1,5 +1,5 @@
 /* The CUDA runtime and driver of an H100 that is not there: it has properties, streams and events,
-   but computes nothing. With it a CUDA build of torch compiles for the card; see test_compiler.py. */
+   but computes nothing. A CUDA build of torch compiles for the card with it: test_compiler.py. */
 #include <driver_types.h>
 #include <stdlib.h>
 #include <string.h>
