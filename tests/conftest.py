@@ -45,6 +45,7 @@ def fork_server():
     return context
 
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would inherit that it is ignored
 FORKS = fork_server()
 
 

@@ -20,7 +20,7 @@ TINY_CARD = dict(device="cuda", n_layer=1, max_tokens=3 * TINY["total_batch_toke
 
 STUDY = """
 base = dict(data_dir="data", n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, total_batch_tokens=32,
-            vocab_size=64, warmup_steps=2, eval_interval=2, eval_tokens=64, log_interval=1, compile=False)
+            vocab_size=320, warmup_steps=2, eval_interval=2, eval_tokens=64, log_interval=1, compile=False)
 tokens, horizons, seeds, tuning_seeds = 64, (1,), (0,), (100,)
 optimizers = {"sf": dict(optimizer="sf_normuon", lr=0.01)}
 """
@@ -133,7 +133,7 @@ def test_a_study_runs_on_a_card(tmp_path):
         shutil.copy(file, tmp_path / file.relative_to(REPO))
     for split in ("train", "val"):
         write_shard(tmp_path / f"data/x_{split}_000000.bin", np.arange(400) % 64)
-    (tmp_path / "data/meta.json").write_text('{"tokenizer": "byte", "vocab_size": 64}')
+    (tmp_path / "data/meta.json").write_text('{"tokenizer": "byte", "vocab_size": 257}')
     (tmp_path / "experiments/studies/tiny.py").write_text(STUDY)
     call(tmp_path, "experiments/sweep.py", "experiments/studies/tiny.py", "--jobs=2", cards=2)
     [line] = (tmp_path / "experiments/results/tiny.jsonl").read_text().splitlines()

@@ -131,8 +131,9 @@ SCHEDULED = {  # the part of lr at step t > W
 OWN = {  # what their state must carry over a resume
     "sf_adamw": dict(averaging_power=2.0, beta_power=0.5),
     "amuse": dict(betas=(0.6, 0.99), adam_betas=(0.6, 0.99), averaging_power=1.0),
-    "schedulefree_plus": dict(sf_beta=0.3, betas=(0.9, 0.99), adam_lr=0.15, grad_clip=0, averaging_start=20, averaging_power=1.0,
-                              polyak_beta=0.9, beta_anneal_steps=50)}
+    "schedulefree_plus": dict(sf_beta=0.6, betas=(0.3, 0.99), adam_lr=0.15, grad_clip=0,
+                              averaging_start=20, averaging_power=1.0, polyak_beta=0.9,
+                              beta_anneal_steps=50)}
 
 
 @pytest.mark.parametrize("optimizer, schedule, lr", [

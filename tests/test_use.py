@@ -350,7 +350,7 @@ def test_fsdp2(tmp_path):
     assert_same(whole, state("cut"), parts=["model", "optimizer", "step"])
     assert_same(whole, state("three"), 1e-5, parts=["model", "step"])
     assert whole["step"] == 12 and not whole["optimizer"]["param_groups"][0]["train_mode"]
-    assert whole["optimizer"]["state"]["2.weight"]["row_second_moment"].shape == (64, 1)
+    assert whole["optimizer"]["state"]["1.weight"]["row_second_moment"].shape == (64, 1)
 
 
 def test_install(tmp_path):
