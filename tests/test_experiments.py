@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,7 +36,10 @@ optimizers = {
     "sf": dict(optimizer="sf_normuon", space=dict(lr=(0.001, 0.1), decay_at=["z", "y"])),
 }
 '''
-ONE = TINY + 'seeds, tuning_seeds, optimizers = (5,), (), {"sf": dict(optimizer="sf_normuon", lr=0.01)}\n'
+ONE = TINY + '''
+seeds, tuning_seeds, claims = (5,), (), []
+optimizers = {"sf": dict(optimizer="sf_normuon", lr=0.01)}
+'''
 DRAWN = '''
 base = dict(total_batch_tokens=32, eval_tokens=64)
 tokens, horizons, seeds, tuning_seeds = 128, (1, 4, 16), (0, 1), (100, 101)
@@ -167,7 +169,7 @@ def test_a_study_from_start_to_report(copy):
     assert run(copy, *sweep(copy, "tiny"), "--list").out == ""
 
     marked = "<!-- results: tiny{} -->\nold\n<!-- /results -->\n"
-    page.write_text("# T\n" + marked.format("") + "between\n" + marked.format(" headline") + "end\n")
+    page.write_text(f"# T\n{marked.format('')}between\n{marked.format(' headline')}end\n")
     report = "experiments/compare.py", "experiments/results/tiny.jsonl", "--readme", "page.md"
     run(copy, *report)
     text = page.read_text()
