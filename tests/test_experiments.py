@@ -61,7 +61,7 @@ def start(cwd, *arguments):
 
 def run(cwd, *arguments, status=0):
     process = start(cwd, *arguments)
-    process.out, process.err = process.communicate(timeout=240)
+    process.out, process.err = process.communicate(timeout=600)
     assert process.returncode == status, process.err[-3000:]
     assert "Traceback" not in process.err, process.err[-3000:]
     return process
@@ -124,7 +124,7 @@ def test_a_study_from_start_to_report(copy):
     results, page = copy / "experiments/results/tiny.jsonl", copy / "page.md"
     first = start(copy, *sweep(copy, "tiny", TINY), "--jobs=2")
     wait_for(lambda: results.exists() and len(results.read_text().splitlines()) > 1
-             and trainings(copy) or first.poll() is not None, "two runs")
+             and trainings(copy) or first.poll() is not None, "two runs", 300)
     first.kill()
     first.communicate()
     early = runs.read_results(results)
@@ -187,9 +187,6 @@ def test_a_study_from_start_to_report(copy):
     page.write_text(wrong)
     complaint(copy, *report, "--check", words="tiny", status=1)
     assert page.read_text() == wrong
-    page.write_text("no markers\n")
-    assert "page.md has no <!-- results: tiny -->" in run(copy, *report).out
-    assert page.read_text() == "no markers\n"
 
 
 def test_extending_an_anytime_run_goes_on_from_its_checkpoint(copy):

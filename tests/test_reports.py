@@ -166,6 +166,23 @@ def test_headline_names_rows_as_the_study_does_and_its_gain(tmp_path):
     assert compare.headline(none_yet).count("\n") == 2
 
 
+def test_only_the_text_between_markers_is_rewritten(tmp_path, capsys):
+    page, texts = tmp_path / "page.md", {"a": "1\n", "a headline": "2\n"}
+    block = "<!-- results: {} -->\n{}\n<!-- /results -->\n"
+    page.write_text(block.format("a headline", "old") + "x\n" + block.format("b", "stays"))
+    compare.rewrite(page, texts, check=False)
+    new = block.format("a headline", "2") + "x\n" + block.format("b", "stays")
+    assert page.read_text() == new and not capsys.readouterr().out
+    compare.rewrite(page, texts, check=True)
+    with pytest.raises(SystemExit, match="its tables of a are not what the runs say"):
+        compare.rewrite(page, {"a": "", "a headline": "3\n"}, check=True)
+    assert page.read_text() == new
+    page.write_text("no markers\n")
+    compare.rewrite(page, texts, check=False)
+    assert "page.md has no <!-- results: a -->" in capsys.readouterr().out
+    assert page.read_text() == "no markers\n"
+
+
 def test_folders_of_runs_are_read_and_named(tmp_path):
     for seed, loss in enumerate((3.0, 3.2)):
         as_folder(tmp_path / f"runs/mine_seed{seed}", a_run("", {10: loss}, seed=seed, **SCHEDULED))
