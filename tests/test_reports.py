@@ -122,9 +122,11 @@ def test_claims_are_corrected_by_holm_and_judged_by_the_margin(tmp_path):
              for line in free_runs(name, {10: 0.0}, values)]
     study = dict(tokens=5000, margin=0.02,
                  claims=[(name, "base", 2) for name in (*list(losses)[1:], "missing")])
+    study["claims"].append(("base", "almost", 2))  # the same p again: Holm's never fall
     text = compare.claims(comparison(tmp_path, lines, study))
     raw = {name: welch(losses[name], losses["base"]) for name in list(losses)[1:6]}
     ps = {**{name: values[3] for name, values in raw.items()}, "two": 1.0, "missing": 1.0}
+    ps["again"] = ps["almost"]
     adjusted = {name: max(min(1.0, p * sum(q >= p for q in ps.values()))
                           for p in ps.values() if p <= ps[name]) for name in ps}
     assert ps["almost"] < 0.05 < adjusted["almost"]
@@ -132,6 +134,7 @@ def test_claims_are_corrected_by_holm_and_judged_by_the_margin(tmp_path):
         verdict = {"almost": "open"}.get(name, name)
         assert cells(text, f"{name}, base, 2x", "±") == [
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*values), f"{adjusted[name]:.2g}", verdict]
+    assert cells(text, "base, almost, 2x", "±")[1] == f"{adjusted['almost']:.2g}"
     difference = np.mean(losses["two"]) - np.mean(losses["base"])
     assert cells(text, "two, base, 2x", "±") == [f"{difference:+.4f}", "", "fewer than 3 seeds"]
     assert cells(text, "missing, base, 2x", "±") == ["", "", "fewer than 3 seeds"]
