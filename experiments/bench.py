@@ -180,8 +180,9 @@ def start(args) -> None:
         write_shard(f"{folder}/x_val_000000.bin", np.zeros(2000, int))
         command = [sys.executable, train.__file__, f"--data_dir={folder}",
                    f"--out_dir={folder}/run", f"--n_layer={args.layers}",
-                   "--batch_size=1", "--block_size=256", "--total_batch_tokens=256", "--resume=False", "--log_interval=1",
-                   "--max_tokens=512000", "--eval_tokens=256"]
+                   "--batch_size=1", "--block_size=256", "--total_batch_tokens=256",
+                   "--resume=False", "--log_interval=1", "--max_tokens=512000",
+                   "--eval_tokens=256"]
         log = Path(folder) / "run/log.jsonl"
 
         def first_step(cache, compiled):

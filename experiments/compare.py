@@ -8,8 +8,8 @@
 
 A row is what the study calls it: the name of the run without tune_, horizon, rate and seed. Your
 own runs are named by their optimizer and folder. Runs named tune_* are in no mean. --readme
-rewrites the text between <!-- results: small --> (all tables) or <!-- results: small headline --> (what the
-study's `headline` names) and <!-- /results -->. --check exits 1 if that text differs.
+rewrites the text between <!-- results: small --> (all tables) or <!-- results: small headline -->
+(what the study's `headline` names) and <!-- /results -->. --check exits 1 if that text differs.
 """
 import argparse
 import contextlib
@@ -25,12 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import numpy as np
 
+NEEDS = "pip install -r requirements-dev.txt"
 try:
-    import scipy.stats  # noqa: F401, for runs.py
-
     import figures
 except ImportError as e:
-    sys.exit(f"compare.py: {e}: pip install -r requirements-dev.txt")
+    sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
 from runs import (SETTING, Comparison, Refused, Row, Unreadable, fraction, holm, read_run,
                   read_runs, welch)
@@ -145,14 +144,14 @@ def headline(c: Comparison) -> str:
     rows = {label: c.rows[label] for label in words if label in c.rows}
     lines = [[words[label], *(loss_cell(row, h) for h in c.horizons)]
              for label, row in rows.items()]
-    first, *others = rows.values()
-    for other in others:
+    found = [*rows.values()]
+    for other in found[1:]:
         if other.config["optimizer"] == "adamw":
             lines.append(["the first: fraction of AdamW's tokens to AdamW's loss",
-                          *(fraction_cell(first, other, h) for h in c.horizons)])
+                          *(fraction_cell(found[0], other, h) for h in c.horizons)])
         if other.config["optimizer"] == "normuon":
             lines.append(["the first less NorMuon",
-                          *(difference_cell(first, other, h) for h in c.horizons)])
+                          *(difference_cell(found[0], other, h) for h in c.horizons)])
     return markdown(["validation loss ± standard error (seeds)", *map(c.show, c.horizons)], lines)
 
 
@@ -161,7 +160,12 @@ def headline(c: Comparison) -> str:
 def declared(path: Path) -> dict:
     """What the study of a results file declares: tokens, claims, margin, headline."""
     file = ROOT / "experiments/studies" / f"{path.stem}.py"
-    return runpy.run_path(str(file)) if path.suffix == ".jsonl" and file.exists() else {}
+    if path.suffix != ".jsonl" or not file.exists():
+        return {}
+    try:
+        return runpy.run_path(str(file))
+    except Exception as e:
+        raise Refused(f"{file} is not a study: {type(e).__name__}: {e}")
 
 
 def with_others(study: dict, runs: list) -> list:
@@ -244,12 +248,14 @@ def main() -> None:
     if args.follow:
         return follow(args)
     file = args.paths[0] if len(args.paths) == 1 and args.paths[0].suffix == ".jsonl" else None
-    if args.check and not (args.readme and file):
-        raise Refused("--check needs --readme and one study, experiments/results/<study>.jsonl")
+    if args.check and not args.readme:
+        raise Refused("--check needs --readme")
+    if args.readme and not file:
+        raise Refused("--readme needs one study, experiments/results/<study>.jsonl")
     out = f"{file.with_suffix('')}_" if file else "figures/"
     found = compare(args.paths, None if args.check else out)
     text = report(found, args.target)
-    if args.readme and file:
+    if args.readme:
         texts = {file.stem: text}
         if found[0].study.get("headline"):
             texts[f"{file.stem} headline"] = headline(found[0])
@@ -266,3 +272,5 @@ if __name__ == "__main__":
         fail(str(e))
     except (OSError, Unreadable) as e:
         fail(str(e), 1)
+    except ImportError as e:  # scipy, in runs.py
+        fail(f"{e}: {NEEDS}", 1)

@@ -1,13 +1,15 @@
-"""The corpora of the studies, from packages that are on every mirror of Debian, as files for prepare_fineweb.py:
+"""The corpora of the studies, made from packages that every mirror of Debian has. The kernel's C
+files, and Webster's dictionary:
 
-    (mkdir -p data && cd data && apt-get download linux-source-6.1 && dpkg-deb -x linux-source-6.1_*.deb .)
-    (mkdir -p data && cd data && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .)
-    python experiments/corpora.py data/usr/src/linux-source-6.1.tar.xz data/linux.jsonl       the kernel's C files
-    python experiments/corpora.py data/usr/share/dictd/gcide.dict.dz data/english.jsonl       Webster's dictionary
+    mkdir -p data && cd data && apt-get download linux-source-6.1 dict-gcide
+    dpkg-deb -x linux-source-6.1_*.deb . && dpkg-deb -x dict-gcide_*.deb . && cd ..
+    python experiments/corpora.py data/usr/src/linux-source-6.1.tar.xz data/linux.jsonl
+    python experiments/corpora.py data/usr/share/dictd/gcide.dict.dz data/english.jsonl
     python prepare_fineweb.py --files data/linux.jsonl --tokenizer byte --out data/linux
 
-Any linux-6.1.*.tar.xz of kernel.org does as well. One document a file of the kernel or an entry of the Collaborative
-International Dictionary of English (Webster's of 1913, grown since; 40 MB), in an order that mixes them.
+Any linux-6.1.*.tar.xz of kernel.org does as well. A document is a file of the kernel, or an entry
+of the Collaborative International Dictionary of English (Webster's of 1913, grown since; 40 MB).
+Their order mixes them.
 """
 import gzip
 import hashlib
@@ -18,7 +20,8 @@ import sys
 import tarfile
 import zlib
 
-DIRECTORIES = ("block", "crypto", "fs", "init", "ipc", "kernel", "lib", "mm", "net", "security")  # no drivers: they repeat
+DIRECTORIES = ("block", "crypto", "fs", "init", "ipc", "kernel", "lib", "mm", "net",
+               "security")  # no drivers: they repeat
 
 
 def kernel(path: str) -> list[tuple[str, str]]:
@@ -35,7 +38,8 @@ def kernel(path: str) -> list[tuple[str, str]]:
 def dictionary(path: str) -> list[tuple[str, str]]:
     """The same of each entry, whose order its own text decides."""
     with gzip.open(path, "rt", encoding="latin-1") as text:
-        entries = (entry.strip() for entry in re.split(r"\n\n(?=\S)", text.read()))  # a headword begins at the margin
+        parts = re.split(r"\n\n(?=\S)", text.read())  # a headword begins at the margin
+    entries = [part.strip() for part in parts]
     return [(entry, entry) for entry in entries]
 
 

@@ -9,7 +9,7 @@ from statistics import mean
 from types import SimpleNamespace
 
 from checkpoint import MAY_CHANGE
-from runs import Refused, read_results
+from runs import DEFAULT, Refused, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDENINGS = 6  # of a grid, at most: a loss that does not depend on the rate would widen it forever
@@ -24,6 +24,7 @@ def read_study(path: str) -> SimpleNamespace:
                       "space": {}, "lr": None, **study.base, **knobs}
             study.optimizers[name] = method
             check_method(study, name, method)
+        check_claims(study)
     except FileNotFoundError:
         raise Refused(f"{path}: no such study")
     except Exception as e:
@@ -36,6 +37,10 @@ def read_study(path: str) -> SimpleNamespace:
 def check_method(study, name: str, method: dict) -> None:
     if {*method["seeds"]} & {*study.tuning_seeds}:
         raise ValueError(f"{name}: tuning_seeds must be other seeds than those reported")
+    configs = draw(method["space"], method["draws"], 0) or [{}]
+    rates = method["lr"] if isinstance(method["lr"], list) else [method["lr"]]
+    if not all(isinstance(c.get("lr", rate), (int, float)) for c in configs for rate in rates):
+        raise ValueError(f"{name}: lr must be a number, a list of them, or a knob of the space")
     if not method["space"]:
         return
     if method["horizons"][0] not in study.rungs:
@@ -45,6 +50,16 @@ def check_method(study, name: str, method: dict) -> None:
     text = [{"eval_offset": 0, **method, **more} for more in ({}, study.tuning)]
     if not text[0]["eval_offset"] + text[0]["eval_tokens"] <= text[1]["eval_offset"]:
         raise ValueError(f"{name}: tuning must have an eval_offset beyond the reported text")
+
+
+def check_claims(study) -> None:
+    for claim in getattr(study, "claims", ()):
+        *methods, h = claim
+        if len(methods) != 2 or not {*methods} <= {*study.optimizers} or not all(
+                h in study.optimizers[method]["horizons"] for method in methods):
+            raise ValueError(f"the claim {claim} must name two methods and a horizon of both")
+        if not hasattr(study, "margin"):
+            raise ValueError("claims need a margin: the difference below which two are equal")
 
 
 def draw(space: dict, draws: int, seed) -> list[dict]:
@@ -136,8 +151,9 @@ class Plan:
 
 
 def check_same(study, run: dict, knobs: dict) -> None:
-    for key, value in json.loads(json.dumps(knobs)).items():
+    for key, value in json.loads(json.dumps({**DEFAULT, **knobs})).items():
         kept = run["config"].get(key, value)
-        if key not in MAY_CHANGE and kept != value:
+        filled_in = key == "dtype" and not value
+        if key not in MAY_CHANGE and kept != value and not filled_in:
             raise Refused(f"{study.file.relative_to(ROOT)}: {run['name']} has {key} {kept}, the "
                           f"study says {value}: rename the method or delete the line")

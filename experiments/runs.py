@@ -21,12 +21,23 @@ SETTING = ("data_dir", "vocab_size", "n_layer", "n_head", "n_embd", "block_size"
 SUFFIXES = re.compile(r"^tune_|(_\d+x)?(_c\d+)?(_lr[^_]+)?(_seed\d+)?$")
 
 
+class Unreadable(Exception):
+    """A file is not what it should be: exit status 1."""
+
+
+class Refused(Exception):
+    """The user asks for something impossible: exit status 2."""
+
+
 # ---- runs, and rows of a table
 
 def read_results(file: Path) -> dict[str, dict]:
     """Ended runs by name, from the one file of a study: name, config, evals, train, machine."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return {run["name"]: run for run in map(json.loads, lines)}
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        return {run["name"]: run for run in map(json.loads, lines)}
+    except (ValueError, TypeError, KeyError) as e:
+        raise Unreadable(f"{file} does not hold a study's results: {type(e).__name__}: {e}")
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -35,14 +46,6 @@ def read_log(folder: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.split(b"\n")[:-1]]
-
-
-class Unreadable(Exception):
-    """A file is not what it should be: exit status 1."""
-
-
-class Refused(Exception):
-    """The user asks for something impossible: exit status 2."""
 
 
 @dataclass

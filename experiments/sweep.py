@@ -49,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import lock
 from data import write_atomically
 from plan import Plan, read_study
-from runs import Refused, read_log, read_results
+from runs import Refused, Unreadable, read_log, read_results
 
 TRAIN_LINES = 32  # kept of each run
 
@@ -199,3 +199,5 @@ if __name__ == "__main__":
     except Refused as e:
         print(f"sweep.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, Unreadable) as e:
+        sys.exit(f"sweep.py: {e}")

@@ -1,10 +1,11 @@
-"""The comparison of the small study at 125M on FineWeb, 1x to 8x. Tuning included, 48 times 2.5B tokens for each
-optimizer without a schedule and 90 times for each with one; 8x wants 20B tokens of data, prepare_fineweb.py
---subset sample-100BT --tokens=21e9.
+"""The comparison of the small study at 125M on FineWeb, 1x to 8x. With its tuning it takes 48 times
+2.5B tokens for each optimizer without a schedule, and 90 times for each with one. 8x needs 20B
+tokens of data: prepare_fineweb.py --subset sample-100BT --tokens=21e9.
 
     python experiments/sweep.py experiments/studies/125m.py --nproc_per_node=8
 
-This has not been run: the grids and everything else that is not the paper's are this repository's choices.
+This has not been run: the grids and everything else that is not the paper's are this repository's
+choices.
 """
 import runpy
 from pathlib import Path
@@ -15,15 +16,18 @@ horizons = 1, 2, 4, 8
 seeds = 0, 1, 2
 tuning_seeds = 100,
 
-adamw = dict(optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1, adam_weight_decay=0.1, lr=[0.00075, 0.0015, 0.003])
-normuon = dict(optimizer="normuon", momentum=0.95, adam_betas=(0.9, 0.95), lr=[0.002, 0.004, 0.008])
+adamw = dict(optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1, adam_weight_decay=0.1,
+             lr=[0.00075, 0.0015, 0.003])
+normuon = dict(optimizer="normuon", momentum=0.95, adam_betas=(0.9, 0.95),
+               lr=[0.002, 0.004, 0.008])
 sf_normuon = dict(optimizer="sf_normuon", lr=[0.004, 0.008, 0.016])
 anytime = runpy.run_path(str(Path(__file__).with_name("frontier.py")))["anytime"]
 
 optimizers = {
     "adamw_cosine": dict(adamw, schedule="cosine"),
     "sf_normuon": sf_normuon,
-    "anytime": dict(anytime, warmup_steps=700, weight_decay=0.1, adam_weight_decay=0.1, lr=[0.001, 0.002, 0.004]),
+    "anytime": dict(anytime, warmup_steps=700, weight_decay=0.1, adam_weight_decay=0.1,
+                    lr=[0.001, 0.002, 0.004]),
     "sf_adamw": dict(optimizer="sf_adamw", betas=(0.95, 0.99), lr=[0.0015, 0.003, 0.006]),
     "normuon_cosine": dict(normuon, schedule="cosine"),
 }

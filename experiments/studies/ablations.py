@@ -1,5 +1,5 @@
-"""The paper's ablations at the size of the small study, to 16x: decay at z, y and none (Fig. 2), momentum and row
-normalization (Fig. 3). Rates are those that the small study chose, one seed.
+"""The paper's ablations at the size of the small study, to 16x: decay at z, y and none (Fig. 2),
+momentum and row normalization (Fig. 3). Rates are those that the small study chose, one seed.
 """
 import runpy
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""The frontier at a model size and a batch that no tuning saw, 0.12M parameters and 1,024 tokens a step. NorMuon's rate is tuned
-for every length; the anytime configuration and the paper's method stay as they are at 0.07M.
+"""The frontier at a model size and a batch that no tuning saw, 0.12M parameters and 1,024 tokens a
+step. NorMuon's rate is tuned for every length; the anytime configuration and the paper's method
+stay as they are at 0.07M.
 """
 import runpy
 from pathlib import Path

@@ -1,12 +1,15 @@
-"""The frontier on a corpus that its tuning never saw: experiments/corpora.py says how to get it. NorMuon's rate is
-tuned here for every length; the anytime configurations and the paper's method stay as they are.
+"""The frontier on a corpus that its tuning never saw: experiments/corpora.py says how to get it.
+NorMuon's rate is tuned here for every length; the anytime configurations and the paper's method
+stay as they are.
 """
 import runpy
 from pathlib import Path
 
 frontier = runpy.run_path(str(Path(__file__).with_name("frontier.py")))
 base = dict(frontier["base"], data_dir="data/english")
-tokens, horizons, seeds, tuning_seeds = frontier["tokens"], frontier["horizons"], (0, 1, 2), frontier["tuning_seeds"]
-optimizers = {name: frontier["optimizers"][name] for name in ("normuon_linear", "anytime", "first", "paper")}
+tokens, horizons = frontier["tokens"], frontier["horizons"]
+seeds, tuning_seeds = (0, 1, 2), frontier["tuning_seeds"]
+names = "normuon_linear", "anytime", "first", "paper"
+optimizers = {name: frontier["optimizers"][name] for name in names}
 for name in "first", "paper":
     optimizers[name] = dict(optimizers[name], seeds=(0, 1))

@@ -3,7 +3,8 @@ import runpy
 from pathlib import Path
 
 frontier = runpy.run_path(str(Path(__file__).with_name("frontier_218k.py")))
-base, tokens, horizons, seeds, tuning_seeds = frontier["base"], frontier["tokens"], (4,), range(4), ()
+base, tokens = frontier["base"], frontier["tokens"]
+horizons, seeds, tuning_seeds = (4,), range(4), ()
 short = dict(block_size=32, batch_size=128)
 anytime = frontier["optimizers"]["anytime"]
 optimizers = {
