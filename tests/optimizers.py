@@ -6,7 +6,7 @@ from torch import nn
 from baselines import AMUSE, NorMuon, ScheduleFreePlus
 from sf_normuon import SFNorMuon
 
-F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Tall, wide and square matrices, several of one shape; then what takes AdamW's step. They go into
 # three groups, and one shape stands in two of them.

@@ -151,7 +151,8 @@ def test_normuon(options):
     knobs = dict(betas=(0.9, 0.95), momentum=0.95, eps=1e-8, normalize_rows=True, weight_decay=0.4)
     groups = [knobs | {"use_muon": i < 2} | options for i in range(3)]
     refs, twins = [start(w) for w in weights], [nn.Parameter(w.clone()) for w in weights[GROUPS[2]]]
-    adamw = torch.optim.AdamW(twins, weight_decay=0.4, betas=groups[2]["betas"], eps=groups[2]["eps"])
+    adamw = torch.optim.AdamW(twins, **{name: groups[2][name]
+                                        for name in ("betas", "eps", "weight_decay")})
     for t, gs in enumerate(grads):
         missing = lambda i: i < len(MATRICES) and (t, i) in MISSING
         gs = [None if missing(i) else g for i, g in enumerate(gs)]
