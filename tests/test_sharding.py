@@ -110,7 +110,7 @@ def sharded_is_plain(mesh):
 
 
 class Collectives(TorchDispatchMode):
-    """Lists (name, processes in it, elements sent) of what is called while it is on.
+    """Lists (name, group, elements sent) of what is called while it is on.
 
     gloo has no all-to-all for DTensor, which gathers and cuts in its place: that is listed as the
     all-to-all that NCCL has.
@@ -140,7 +140,8 @@ class Collectives(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # until it is an operation of this process
         namespace, _, name = func.name().partition("::")
-        if "c10d" in namespace and "wait" not in name and not self.exchanging:
+        collective = "c10d" in namespace and isinstance(args[-1], str)  # the name of its group
+        if collective and not self.exchanging:
             self.calls.append((name, args[-1], args[0].numel()))
         return func(*args, **(kwargs or {}))
 
