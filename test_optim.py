@@ -45,8 +45,8 @@ def polar(M, ns_steps=5):
     return X @ Vh.mT * ratio[..., None, :] @ Vh
 
 
-def schedule(group):
-    """η_t, c and β1 of the next step t of a group, which counts t, and s for the average."""
+def coefficients(group):
+    """η_t, c and β1 of the next step of a group, which counts the steps t and sums up s."""
     beta1, T_warmup = group["betas"][0], max(1, group["warmup_steps"])
     t = group["t"] = group.get("t", 0) + 1
     eta = group["lr"] * min(1, t / T_warmup)
@@ -93,7 +93,7 @@ def algorithm_1(weights, grads, group):
     """One step of a group. A parameter without a gradient keeps x and z; at lr 0 all stays."""
     if group["lr"] == 0:
         return weights
-    eta, c, beta1 = schedule(group)
+    eta, c, beta1 = coefficients(group)
     take_step = matrix_step if group["use_muon"] else other_step
     after = []
     for w, g in zip(weights, grads):
@@ -236,8 +236,8 @@ def run_both(options, overrides=({}, {}, {}), factors=(1.0,), missing=(), dtype=
         scheduler.step()
         for group, lr in zip(groups, lrs):
             group["lr"] = lr * factors[t % len(factors)]
-        before, parts = refs, ([every[part] for part in GROUPS] for every in (refs, gs))
-        refs = sum(reference(*parts, groups, loss or 60.0), [])
+        before, by_group = refs, lambda row: [row[part] for part in GROUPS]
+        refs = sum(reference(by_group(refs), by_group(gs), groups, loss or 60.0), [])
         close(params, [w.y for w in refs], tol)
         z = [opt.state[p]["z"] if opt.state.get(p) else p for p in params]
         close(z, [w.z for w in refs], tol)

@@ -121,8 +121,8 @@ def misfit(p, kind):
 @pytest.mark.parametrize("kind", ["sparse", "shape", "dtype"])
 @pytest.mark.parametrize("index", [1, 8], ids=["matrix", "other"])
 def test_a_gradient_that_does_not_fit_is_refused_first(cls, index, kind, before):
-    """Before anything moves, in a line that names the parameter's shape. When it is mended, the step
-    is that of a run without the refusal."""
+    """Before anything moves, in a line that names the shape of the parameter. Mended, the step is
+    that of a run without the refusal."""
     weights, grads = draw(SHAPES, 3)
     (a, opt_a), (b, opt_b) = (make(weights, cls, **ALL_KNOBS[cls]) for _ in range(2))
     for gs in grads[:before]:

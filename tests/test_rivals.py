@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from baselines import AMUSE, NorMuon, ScheduleFreePlus
-from optimizers import (F64, FAST, GROUPS, MATRICES, MISSING, OVERRIDES, PLUS_FAST, SHAPES, close,
-                        copies, draw, make, same, step)
+from optimizers import (ALL_KNOBS, F64, FAST, GROUPS, MATRICES, MISSING, OVERRIDES, PLUS_FAST,
+                        SHAPES, close, copies, draw, make, name_of, same, step)
 from test_optim import polar, run_both, start
 
 # ---- references
@@ -229,3 +229,18 @@ def test_rivals_with_overrides_a_schedule_and_missing_gradients(rival, options):
     """While β stands still."""
     factors = (1.0, 0.5, 2.0, 0.0, 1.5)
     run_both(options, OVERRIDES, factors, MISSING, losses=[60.0] * 32, tol=1e-10, **rival)
+
+
+# ---- stacks
+
+@pytest.mark.parametrize("cls", [NorMuon, AMUSE], ids=name_of)
+def test_each_matrix_of_a_stack_moves_as_it_would_alone(cls):
+    """A parameter (E, m, n) is E matrices."""
+    weights, grads = draw([(4, 6, 9), (5, 7, 7), (6, 9)], 5, F64)
+    alone = lambda tensors: [M for t in tensors for M in t.reshape(-1, *t.shape[-2:])]
+    params = [nn.Parameter(w.clone()) for w in weights]
+    singles = [nn.Parameter(w.clone()) for w in alone(weights)]
+    opts = [cls(ps, **ALL_KNOBS[cls], ns_dtype=F64) for ps in (params, singles)]
+    for gs in grads:
+        step(opts[0], params, gs), step(opts[1], singles, alone(gs))
+        close(alone(params), singles)
