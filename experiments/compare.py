@@ -146,11 +146,12 @@ def headline(c: Comparison) -> str:
              for label, row in rows.items()]
     found = [*rows.values()]
     for other in found[1:]:
+        name = words[found[0].label]
         if other.config["optimizer"] == "adamw":
-            lines.append(["the first: fraction of AdamW's tokens to AdamW's loss",
+            lines.append([f"fraction of AdamW's tokens that {name} needs to reach its loss",
                           *(fraction_cell(found[0], other, h) for h in c.horizons)])
         if other.config["optimizer"] == "normuon":
-            lines.append(["the first less NorMuon",
+            lines.append([f"{name} less NorMuon",
                           *(difference_cell(found[0], other, h) for h in c.horizons)])
     return markdown(["validation loss ± standard error (seeds)", *map(c.show, c.horizons)], lines)
 
