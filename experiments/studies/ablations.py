@@ -16,3 +16,12 @@ optimizers = {
     **{f"{knobs['optimizer']}_decay_at_{place}": dict(knobs, decay_at=place)
        for knobs in (sf_normuon, sf_adamw) for place in ("z", "y", "none")},
 }
+
+headline = {
+    "sf_normuon_decay_at_z": "SF-NorMuon, decay at z (the method)",
+    "sf_normuon_decay_at_y": "SF-NorMuon, decay at y",
+    "sf_normuon_decay_at_none": "SF-NorMuon, no decay",
+    "sf_normuon_momentum_0": "SF-NorMuon, no momentum",
+    "sf_normuon_no_rows": "SF-NorMuon, rows not normalized",
+    "sf_adamw_decay_at_z": "SF-AdamW, decay at z",
+    "sf_adamw_decay_at_y": "SF-AdamW, decay at y"}

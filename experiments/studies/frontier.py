@@ -1,6 +1,6 @@
 """Configurations without a horizon against NorMuon with a linear schedule that is tuned for every
 length, 1x to 8x, at the size of the small study: `anytime`, the `first` one, single steps back from
-that, and the paper's method. experiments/results/frontier.md is the report.
+that, and the paper's method. experiments/README.md is the report.
 """
 import runpy
 from pathlib import Path

@@ -13,3 +13,6 @@ names = "normuon_linear", "anytime", "first", "paper"
 optimizers = {name: frontier["optimizers"][name] for name in names}
 for name in "first", "paper":
     optimizers[name] = dict(optimizers[name], seeds=(0, 1))
+
+headline = {"anytime": "SF-NorMuon, anytime", "paper": "SF-NorMuon, the paper's",
+            "normuon_linear": "NorMuon, linear, tuned"}

@@ -38,3 +38,7 @@ optimizers = {
     "normuon_wsd": dict(normuon, schedule="wsd", **one),
     "adamw_wsd": dict(adamw, schedule="wsd", **one),
 }
+
+headline = {"sf_normuon": "SF-NorMuon, the paper's", "normuon_linear": "NorMuon, linear",
+            "adamw_cosine": "AdamW, cosine", "muon_cosine": "Muon, cosine", "sf_adamw": "SF-AdamW",
+            "amuse": "AMUSE, T0 = 100", "schedulefree_plus": "ScheduleFree+"}
