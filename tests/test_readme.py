@@ -1,12 +1,11 @@
-"""README cannot rot: its commands are run in a copy of the repository, or at least their files, flags and the values of
-train.py's knobs are checked.
+"""The pages cannot rot: files, flags, values and links that they name exist, and their blocks run.
 
-Commands are the lines of README's ```sh blocks, and what stands in `…` and begins with python, torchrun, pip or a script.
-Those in `…` are only checked. Those in blocks are also run, in order, unless an HTML comment on the line before the block
-says what they want that a test has not:
+A command is a line of a ```sh block, or stands in `…` and begins with python, torchrun, pip or a
+script. All commands are checked. Blocks of ```sh and ```python are also run, page after page in one
+copy of the repository, unless an HTML comment on the line before the block says what they need:
 
     <!-- not run: 8 GPUs -->                            the whole block
-    <!-- not run (hf upload, lm_eval): a network -->    only its lines in which one of these stands
+    <!-- not run (hf upload, lm_eval): a network -->    the lines in which one of these stands
 """
 import os
 import re
@@ -15,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,210 +24,172 @@ import config
 from distributed import Failure
 
 REPO = Path(__file__).resolve().parents[1]
-HOW_TO_MARK = ("if it wants what a test has not, put <!-- not run: why --> on the line before its block, or "
-               "<!-- not run (part of the line): why --> if the other lines of the block can be run")
-BLOCK = re.compile(r"(?:^ *<!-- not run(?: \(([^\n]+?)\))?: [^\n]+ -->\n)?^ *(```+|~~~+) *(\w*)[^\n]*\n(.*?)^ *\2 *$",
+PAGES = [REPO / "README.md", *sorted(REPO.glob("docs/*.md")), REPO / "experiments/README.md"]
+BLOCK = re.compile(r"(?:^<!-- not run(?: \(([^\n]+?)\))?: [^\n]+ -->\n)?^```(\w*)\n(.*?)^```$",
                    re.M | re.S)
-SHELLS = ("sh", "bash", "shell", "console")
+COMMAND = re.compile(r"(\$ )?(\w+=\S+ )*(python3?|torchrun|pip|\S+\.py) ")
 
 
-def lines_of(block: str) -> list[str]:
-    """Commands, those that are continued after a backslash as one, without empty lines and comments."""
-    lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def read(text: str) -> tuple[list[tuple[list[str], list[str]]], list[str]]:
-    """(commands to be run, others) of each block; commands in the text."""
-    blocks = []
+def read(text: str) -> tuple[list[tuple[str, list[str], list[str]]], list[str]]:
+    """(language, lines to be run, others) of each block; what stands in `…` outside of blocks."""
+    blocks, rest = [], BLOCK.sub("", text)
     for match in BLOCK.finditer(text):
-        marked, (parts, _, language, content) = match[0].lstrip().startswith("<!--"), match.groups()
-        command = re.search(r"^ *(\$ )?(python3?|torchrun|pip) .*", content, re.M)
-        assert language in SHELLS or not command, f"{command[0]}: a block of commands begins with ```sh"
-        if language in SHELLS:
-            parts = parts.split(", ") if parts else [""] if marked else []
-            lines = lines_of(content)
-            for part in parts:
-                assert any(part in line for line in lines), f"no line to mark with {part!r} in {lines}"
-            skipped = [line for line in lines if any(part in line for part in parts)]
-            blocks.append(([line for line in lines if line not in skipped], skipped))
-    rest = BLOCK.sub("", text)
-    assert "<!-- not run" not in rest, "a marker is not on the line before a block, or wants its reason after a colon"
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
-    return blocks, [s for s in spans if re.match(r"(\w+=\S+ )*(python3?|torchrun|pip|\S+\.py) ", s)]
-
-
-def simple_commands(line: str) -> list[list[str]]:
-    """The words between && and the like, without variables that are set in front."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="();|&")
-    lexer.whitespace_split = True
-    commands = [[]]
-    for word in lexer:
-        if set(word) <= set("();|&"):
-            commands.append([])
-        elif commands[-1] or not re.match(r"\w+=", word):
-            commands[-1].append(word)
-    return [c for c in commands if c]
+        parts, language, content = match.groups()
+        lines = content.splitlines()
+        if language == "sh":  # one that goes on after a backslash is one, comments are none
+            lines = [line.strip() for line in content.replace("\\\n", " ").splitlines()]
+            lines = [line for line in lines if line and not line.startswith("#")]
+        elif language != "python":
+            assert not any(map(COMMAND.match, lines)), f"```sh is missing: {content}"
+        marks = parts.split(", ") if parts else [""] * match[0].startswith("<!--")
+        assert all(any(mark in line for line in lines) for mark in marks), f"not in a line: {marks}"
+        run = [line for line in lines if not any(mark in line for mark in marks)]
+        blocks.append((language, run, [line for line in lines if line not in run]))
+    assert "<!-- not run" not in rest, "a marker has no block or no reason"
+    return blocks, [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
 
 
 # ---- checked
 
-def check(words: list[str]) -> None:
-    """Raises Failure or AssertionError."""
-    if words[0] == "pip" and "-r" in words:
-        assert (REPO / words[words.index("-r") + 1]).exists(), "no such requirements"
-    if "-m" in words and words[0] == "python":
-        assert find_spec(words[words.index("-m") + 1]), "no such module"
-    for word in words:
-        if word.endswith(".py") or word.startswith("experiments/"):
-            assert find(word).exists(), f"{word} does not exist"
-        if word.startswith("experiments/studies/"):
-            read_study(word)
-    scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-    if not scripts or "-m" in words:
-        return
-    script, arguments = find(words[scripts[0]]), words[scripts[0] + 1:]
-    if script.name not in ("train.py", "memory.py"):
-        unknown = [flag for flag in flags_of(arguments) if flag not in flags_of(help_of(script).split())]
-        assert not unknown, f"{script.name} has no {', '.join(unknown)}"
-    elif "--help" not in arguments:
-        own = () if script.name == "train.py" else flags_of(help_of(script).split())
-        knobs = [a for a in arguments if not set(flags_of([a])) & set(own)]
-        config.WORLD_SIZE = processes(words[:scripts[0]])
-        config.parse([*knobs, "--device=cpu"])
-
-
-def find(path: str) -> Path:
-    """In the text, what is in experiments/ has its name alone."""
-    return REPO / path if (REPO / path).exists() else REPO / "experiments" / path
+def find(path: str, *more: Path) -> Path | None:
+    folders = REPO, REPO / "experiments", REPO / "experiments/studies", *more
+    return next((folder / path for folder in folders if (folder / path).exists()), None)
 
 
 def flags_of(words: list[str]) -> list[str]:
     return [match[0] for word in words if (match := re.match(r"--[\w-]+", word.lstrip("[")))]
 
 
-@lru_cache
-def help_of(script: Path) -> str:
-    if "argparse" not in script.read_text():
-        return ""
-    return subprocess.run([sys.executable, script, "--help"], cwd=REPO, text=True, capture_output=True, check=True).stdout
+def check_line(line: str) -> None:
+    """Raises Failure or AssertionError."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="();|&")
+    lexer.whitespace_split = True
+    between = "\0".join("\n" if {*word} <= {*"();|&"} else word for word in lexer).split("\n")
+    for words in (command.strip("\0").split("\0") for command in between):
+        if "pip" in words and "-r" in words:
+            assert find(words[words.index("-r") + 1]), "no such requirements"
+        if "python" in words and "-m" in words:
+            assert find_spec(words[words.index("-m") + 1]), "no such module"
+        for word in words:
+            if (word.endswith(".py") or word.startswith("experiments/")) and "$" not in word:
+                assert find(word), f"{word} does not exist"
+        scripts = [i for i, word in enumerate(words) if word.endswith(".py") and "$" not in word]
+        if scripts and "--help" not in words:
+            check_flags(words[:scripts[0]], find(words[scripts[0]]), words[scripts[0] + 1:])
 
 
-def read_study(path: str) -> None:
-    sys.path.insert(0, str(REPO / "experiments"))
-    import sweep
-
-    try:
-        sweep.read_study(str(REPO / path))
-    except sweep.Refused as e:
-        raise AssertionError(e)
-
-
-def processes(words: list[str]) -> int:
-    """That torchrun starts, as far as it is said in numbers."""
-    if "torchrun" not in words:
-        return 1
-    try:
-        args = get_args_parser().parse_args([*words[words.index("torchrun") + 1:], "train.py"])
-    except SystemExit:
-        raise AssertionError("torchrun refuses its flags") from None
-    nodes = args.nnodes.rpartition(":")[2]
-    return int(args.nproc_per_node) * (int(nodes) if nodes.isdigit() else 1)
+def check_flags(launcher: list[str], script: Path, arguments: list[str]) -> None:
+    config.WORLD_SIZE = 1
+    if "torchrun" in launcher:
+        try:
+            flags = launcher[launcher.index("torchrun") + 1:]
+            args = get_args_parser().parse_args([*flags, "train.py"])
+        except SystemExit:
+            raise AssertionError("torchrun refuses its flags") from None
+        nodes = args.nnodes.rpartition(":")[2]
+        config.WORLD_SIZE = int(args.nproc_per_node) * int(nodes if nodes.isdigit() else 1)
+    source = script.read_text()
+    others = [a for a in arguments if not all(f'"{flag}"' in source for flag in flags_of([a]))]
+    if script.name in ("train.py", "memory.py"):
+        knobs = [a for a in arguments if a in others or not flags_of([a])]
+        config.parse([*knobs, "--device=cpu"])
+    else:
+        assert not others, f"{script.name} has no {', '.join(others)}"
 
 
-def problems(text: str) -> list[str]:
-    blocks, spans = read(text)
+def problems(page: Path, text: str) -> list[str]:
     found = []
-    for line in [line for run, skipped in blocks for line in run + skipped] + spans:
-        for words in simple_commands(line):
-            try:
-                check(words)
-            except (AssertionError, Failure) as e:
-                found.append(f"{line}: {e}")
+    try:
+        blocks, spans = read(text)
+    except AssertionError as e:
+        return [str(e)]
+    lines = [line for language, *parts in blocks if language == "sh" for line in sum(parts, [])]
+    for line in [*lines, *filter(COMMAND.match, spans)]:
+        try:
+            check_line(line)
+        except (AssertionError, Failure) as e:
+            found.append(f"{line}: {e}")
+    known = {*(f"--{f.name}" for f in fields(config.Config)), "--knob"}  # --knob=value: all
+    sources = "".join(p.read_text() for p in [*REPO.glob("*.py"), *REPO.glob("experiments/*.py")])
+    for span in spans:
+        if re.fullmatch(r"[\w/]+\.(py|md|sh|txt)", span) and not find(span, page.parent):
+            found.append(f"{span} does not exist")
+        found += [f"no {f}" for f in flags_of([span]) if f not in known and f'"{f}"' not in sources]
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", BLOCK.sub("", text)):
+        path, _, heading = link.partition("#")
+        to = page.parent / path if path else page
+        if not to.exists():
+            found.append(f"the link {link} leads nowhere")
+        elif heading:
+            titles = re.findall(r"^#+ (.*)", text if to == page else to.read_text("utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+            found += [f"no heading for {link}"] * (heading not in anchors)
     return found
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def at_home(monkeypatch):
     monkeypatch.chdir(REPO)
-    monkeypatch.setattr(config, "WORLD_SIZE", 1)
-    return (REPO / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(config, "WORLD_SIZE", 1)  # given back afterwards
 
 
-def test_files_flags_and_values_exist(at_home):
-    assert "\n".join(problems(at_home)) == ""
-
-
-def test_links_lead_somewhere(at_home):
-    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", at_home, re.M)}
-    for link in re.findall(r"\]\(([^)\s]+)\)", at_home):
-        assert re.match("https?:", link) or (link[1:] in headings if link[0] == "#" else (REPO / link).exists()), link
-
-
-def test_flags_in_the_text_exist(at_home):
-    sources = "".join(path.read_text() for path in [*REPO.glob("*.py"), *REPO.glob("experiments/*.py")]
-                      if not path.name.startswith("test_"))
-    for span in re.findall(r"`(--[^`]+)`", BLOCK.sub("", at_home)):
-        for flag in flags_of(span.split()):
-            known = {"knob", *(f.name for f in fields(config.Config))}  # --knob=value stands for all
-            assert f'"{flag}"' in sources or flag[2:] in known, span
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_what_a_page_names_exists(page):
+    assert "\n".join(problems(page, page.read_text("utf-8"))) == ""
 
 
 @pytest.mark.parametrize("wrong, words", [
-    ("```sh\npython train.py configs/quickstart.py --max_token=1\n```\n", "did you mean 'max_tokens'"),
-    ("```sh\npip install -r requirements.txt && python train.py configs/quickstar.py\n```\n", "does not exist"),
-    ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_mode=8 train.py configs/125m_sf.py\n```\n", "torchrun"),
-    ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_node=8 \\\n  train.py --shard_size=3\n```\n", "shard_size"),
+    ("```sh\npython train.py configs/quickstart.py --max_token=1\n```\n", "mean 'max_tokens'"),
+    ("```sh\npip install -r requirements.txt && python train.py configs/x.py\n```\n", "not exist"),
+    ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_mode=8 train.py\n```\n", "torchrun"),
+    ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_node=8 \\\n  train.py "
+     "--shard_size=3\n```\n", "shard_size"),
+    ("```\npython train.py x\n```\n", "```sh is missing"),
     ("Or `python experiments/sweep.py\nexperiments/studies/small.py --job=2`.", "no --job"),
-    ("Or `experiments/sweep.py experiments/studies/smal.py`.", "smal.py does not exist"),
     ("`python experiments/memory.py configs/772m_sf.py --processe=8`", "unknown knob"),
-    ("`python sample.py runs/x --promt=x`", "no --promt"), ("`python samples.py runs/x`", "does not exist"),
-    ("``` sh title=x\npython train.py configs/nope.py\n```\n", "nope.py does not exist"),
-    ("~~~sh\npython train.py configs/nope.py\n~~~\n", "nope.py does not exist"),
-    ("`python3 experiments/compare.py --folow runs/x`", "no --folow"),
-    ("`pip install -r requirement.txt`", "no such requirements"), ("`X=1 python -m pytests`", "no such module")])
-def test_what_is_wrong_is_found(at_home, wrong, words):
-    found = problems(wrong)
+    ("`python sample.py runs/x --promt=x`", "no --promt"), ("In `evaluat.py`.", "not exist"),
+    ("`pip install -r requirement.txt`", "no such requirements"), ("`--max_token`", "no --max"),
+    ("`python -m pytests`", "no such module"), ("[x](docs/nope.md)", "leads nowhere"),
+    ("[x](#nope)", "no heading"), ("[x](docs/long_runs.md#nope)", "no heading")])
+def test_what_is_wrong_is_found(wrong, words):
+    found = problems(REPO / "README.md", wrong)
     assert len(found) == 1 and words in found[0]
-
-
-def test_commands_stand_in_blocks_for_commands():
-    with pytest.raises(AssertionError, match="python train.py: a block of commands begins with ```sh"):
-        read("```\npython train.py\n```\n")
 
 
 # ---- run
 
 def run_blocks(text: str, root: Path) -> None:
-    for commands, _ in read(text)[0]:
-        script = "pip() { :; }\n"  # what is installed is the tests' own
-        for i, command in enumerate(commands):
-            script += f"{command}\n[ $? = 0 ] || exit {i + 1}\n"
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        try:
-            result = subprocess.run(["bash", "-c", script], cwd=root, text=True, capture_output=True, timeout=300,
-                                    stdin=subprocess.DEVNULL, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"not done after 5 minutes: {'; '.join(commands)}\n{HOW_TO_MARK}")
-        if result.returncode:
-            last = (result.stderr.strip().splitlines() or ["no word"])[-1]
-            failed = commands[result.returncode - 1 : result.returncode] or commands  # all: bash itself ended
-            raise AssertionError(f"{'; '.join(failed)}: {last}\n{HOW_TO_MARK}")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+           "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    for language, lines, _ in read(text)[0]:
+        command = [sys.executable, "-c", "\n".join(lines)]
+        if language == "sh":  # what pip would install is here; -e would overlook `a && b`
+            ended = "\n{ [ $? = 0 ] || exit 1; } 2>/dev/null\n"
+            command = ["bash", "-xc", "pip() { :; }\n" + "".join(line + ended for line in lines)]
+        if language in ("sh", "python") and lines:
+            done = subprocess.run(command, cwd=root, text=True, capture_output=True, timeout=300,
+                                  stdin=subprocess.DEVNULL, env=env)
+            assert not done.returncode, (
+                f"{'; '.join(lines)}: {done.stderr[-1000:]}\nIf it needs what a test has not, put "
+                "<!-- not run: why --> on the line before the block")
 
 
-def test_commands_run(tmp_path):
-    root = tmp_path / "repository"  # only what git knows, so that a file that nobody has added is missed
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, text=True, capture_output=True, check=True).stdout
+def test_blocks_run(tmp_path):
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, text=True, capture_output=True,
+                           check=True).stdout  # a file that nobody has added is missed
     for file in filter(None, files.split("\0")):
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPO / file, root / file)
-    with open(root / "configs/quickstart.py", "a") as file:
-        file.write("max_tokens = 20 * total_batch_tokens  # 20 steps instead of 700\neval_interval = 10\n")
-    run_blocks((REPO / "README.md").read_text(encoding="utf-8"), root)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / file, tmp_path / file)
+    with open(tmp_path / "configs/quickstart.py", "a") as file:
+        file.write("max_tokens = 20 * total_batch_tokens  # of 700\neval_interval = 10\n")
+    for page in PAGES:
+        run_blocks(page.read_text("utf-8"), tmp_path)
 
 
-def test_a_command_that_fails_says_how_to_mark_it(tmp_path):
-    with pytest.raises(AssertionError, match="(?s)cat b: .*No such file.*<!-- not run: why -->"):
+def test_a_block_that_fails_says_how_to_mark_it(tmp_path):
+    with pytest.raises(AssertionError, match="(?s)cat b.*No such file.*<!-- not run: why -->"):
         run_blocks("```sh\necho 1 > a && cat a  # made here\ncat b\n```\n", tmp_path)
-    run_blocks("<!-- not run (cat b): nobody made it -->\n```sh\necho 1 > a && cat a  # made here\ncat b\n```\n", tmp_path)
+    with pytest.raises(AssertionError, match="NameError"):
+        run_blocks("```python\nx\n```\n", tmp_path)
+    run_blocks("<!-- not run (cat b): no b -->\n```sh\ncat a\ncat b\n```\n", tmp_path)
     run_blocks("<!-- not run: nobody made it -->\n```sh\ncat b\n```\n", tmp_path)
