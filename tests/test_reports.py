@@ -161,9 +161,9 @@ def test_headline_names_rows_as_the_study_does_and_its_gain(tmp_path):
     text = "\n" + compare.headline(comparison(tmp_path, lines, dict(headline=words)))
     assert cells(text, "ours", "\n") == [mean_cell(2.8 + SPREAD)]
     assert cells(text, "NorMuon, tuned", "\n") == [mean_cell(2.79 + SPREAD)]
-    assert cells(text, "the first: fraction of AdamW's tokens to AdamW's loss", "\n") == [
+    assert cells(text, "fraction of AdamW's tokens that ours needs to reach its loss", "\n") == [
         fraction({s: loss + SPREAD for s, loss in sf.items()}, 3.0 + SPREAD, 10)]
-    assert cells(text, "the first less NorMuon", "\n") == ["{:+.4f} [{:+.4f}, {:+.4f}]".format(
+    assert cells(text, "ours less NorMuon", "\n") == ["{:+.4f} [{:+.4f}, {:+.4f}]".format(
         *welch(2.8 + SPREAD, 2.79 + SPREAD))]
     none_yet = comparison(tmp_path, lines, dict(headline={"later": "not run yet"}))
     assert compare.headline(none_yet).count("\n") == 2
