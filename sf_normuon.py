@@ -306,7 +306,7 @@ def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None)
     stack = wrap(torch.stack(Ms).to(dtype), placements=rows)
     stack = stack.redistribute(placements=split).redistribute(placements=whole)
     stack = wrap(newton_schulz(stack.to_local(), steps, dtype), placements=whole)
-    stack = stack.redistribute(placements=split).redistribute(placements=rows)
+    stack = stack.redistribute(placements=rows)
     return stack.to_local().to(Ms[0].dtype).unbind()
 
 
@@ -331,16 +331,20 @@ def compile_iteration():  # not on import, since it changes a setting of the who
 # ---- what the optimizers of this repository share
 
 def begin_step(optimizer, closure):
-    """The closure's loss, or None. RuntimeError in eval mode, ValueError for a bad gradient."""
+    """The closure's loss, or None. RuntimeError in eval mode, ValueError for a bad tensor."""
     if not all(group.get("train_mode", True) for group in optimizer.param_groups):
         raise RuntimeError("step() in eval mode: call .train() before the forward pass")
     with torch.enable_grad():
         loss = None if closure is None else closure()
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        kind, g = (p.layout, p.shape, p.dtype, p.device), p.grad
-        if g is not None and (g.layout, g.shape, g.dtype, g.device) != kind:
-            raise ValueError(f"the gradient of the parameter of shape {tuple(p.shape)} must be "
-                             f"dense and like it: {g.layout}, {g.dtype}, {tuple(g.shape)}, {g.device}")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in (p for p in params if p.grad is not None):
+        tensors = {"gradient": p.grad, **(optimizer.state.get(p) or {})}
+        for name, t in ((n, t) for n, t in tensors.items() if n != "row_second_moment"):
+            like = (t.layout, t.shape, t.dtype, t.device) == (p.layout, p.shape, p.dtype, p.device)
+            if not like or t.dtype == torch.float16:
+                raise ValueError(f"{name} of the parameter of shape {tuple(p.shape)} must be dense, "
+                                 f"like it and not float16: {t.layout}, {t.dtype}, "
+                                 f"{tuple(t.shape)}, {t.device}")
     return loss
 
 

@@ -143,11 +143,6 @@ def test_a_gradient_that_does_not_fit_is_refused_first(cls, index, kind, before)
     same_run(a, opt_a, b, opt_b)
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="a step compares gradients with parameters, "
-                              "but not parameters with their state")
-
-
-@UNCHECKED
 @all_classes
 @pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
 def test_a_model_that_changed_its_dtype_is_refused_first(cls, dtype):
@@ -166,7 +161,6 @@ def test_a_model_that_changed_its_dtype_is_refused_first(cls, dtype):
     torch.testing.assert_close(opt.state_dict()["state"], before["state"], rtol=0, atol=0)
 
 
-@UNCHECKED
 @all_classes
 def test_a_model_in_float16_is_refused_first(cls):
     """model.half() after the optimizer was made: one gradient of 0 would make all weights NaN."""
@@ -180,7 +174,6 @@ def test_a_model_in_float16_is_refused_first(cls):
     assert {group["step"] for group in opt.param_groups} == {0}
 
 
-@UNCHECKED
 @all_classes
 def test_a_state_of_other_shapes_is_refused_first(cls):
     """torch loads it without a look at the shapes; the step names the parameter's."""
