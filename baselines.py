@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 
 from sf_normuon import (SFNorMuon, adamw_directions, begin_step, check_group, local,
-                        normuon_directions, over_processes, param_groups, polar, same_shape, states,
+                        normuon_directions, over_processes, param_groups, polar, same_shape,
                         towards_z)
 
 
 class NorMuon(torch.optim.Optimizer):
-    """NorMuon (arXiv:2510.05491) with steps of RMS 0.2 lr: the one to equal, given a schedule.
+    """NorMuon (arXiv:2510.05491) with steps of RMS 0.2 lr: the scheduled rival to equal.
 
         M ← μ M + (1-μ) g,  P = polar((1-μ) g + μ M)                  Nesterov
         v ← β2 v + (1-β2) rowmean(P²),  P̂ = P / (√v + ε)
         p ← (1 - η λ) p - 0.2 η √(mn) / ‖P̂‖_F · P̂
 
-    Groups with use_muon=False take AdamW's step. normalize_rows=False: Muon, its step normalized.
+    Groups with use_muon=False take AdamW's step. normalize_rows=False: Muon, its step of RMS 0.2 η.
     Parameters, groups and errors as for `SFNorMuon`; no train() and eval(), no warm-up of its own.
     """
 
@@ -58,11 +58,13 @@ class NorMuon(torch.optim.Optimizer):
         for bucket in same_shape(params):
             g = [local(p.grad) for p in bucket]  # (m, n) each, or this process's rows of it
             if group["use_muon"]:
-                M = nesterov(states(self, bucket, "momentum_buffer"), g, group["momentum"])
-                v = states(self, bucket, "row_second_moment")  # (m, 1)
+                M = [local(self.state[p]["momentum_buffer"]) for p in bucket]  # (m, n)
+                v = [local(self.state[p]["row_second_moment"]) for p in bucket]  # (m, 1)
+                M = nesterov(M, g, group["momentum"])
                 directions = normuon_directions(M, v, bucket[0], group, group["betas"][1])
             else:
-                m, v = (states(self, bucket, name) for name in ("exp_avg", "exp_avg_sq"))
+                m = [local(self.state[p]["exp_avg"]) for p in bucket]
+                v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
                 directions = (adamw(*moments, t, group) for moments in zip(g, m, v))
             for p, direction in zip(map(local, bucket), directions):
                 p.mul_(1 - eta * group["weight_decay"])
@@ -78,9 +80,9 @@ class AMUSE(torch.optim.Optimizer):
         y = β_t x + (1-β_t) z,  β_t = β1 up to T0, then 1 - S^ρ (1-β1),  S = c (1-c0) / (c0 (1-c)),
         c0 = c at T0
 
-    Groups with use_muon=False: z ← (1 - η_t λ) z - η_t g / (√v̂ + ε), with β2. averaging_power: r.
-    warmup_steps: T0, from which β grows, so it belongs to the length of a run (the authors' is
-    6,000 of 16,000 steps). Below 2 it is a ValueError, since c0 = 1 would make β jump to 1.
+    Groups with use_muon=False: z ← (1 - η_t λ) z - η_t g / (√v̂ + ε), v̂ with β2 and
+    bias-corrected. averaging_power: r. warmup_steps: T0, after which β grows: scale it with the run
+    (the authors' is 6,000 of 16,000 steps). Below 2 it is a ValueError: at c0 = 1 β jumps to 1.
     Parameters, groups, train(), eval() and errors as for `SFNorMuon`.
     """
     train, eval = SFNorMuon.train, SFNorMuon.eval
@@ -97,8 +99,6 @@ class AMUSE(torch.optim.Optimizer):
         super().add_param_group(group)
         group["beta"] = group["betas"][0]  # the β with which y was written
         check_group(group, "rho", "averaging_power")
-        if not 0 < group["beta"] <= 1:
-            raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
         if not group["warmup_steps"] >= 2:
             raise ValueError(f"warmup_steps must be at least 2, got {group['warmup_steps']}")
 
@@ -127,18 +127,20 @@ class AMUSE(torch.optim.Optimizer):
             S = c * (1 - group["c0"]) / (group["c0"] * (1 - c))
             beta = 1 - min(1.0, S) ** group["rho"] * (1 - beta)  # S > 1 if lr is raised on the way
         skipped = [p for p in group["params"] if p.grad is None]
-        if beta != group["beta"]:  # they get their y with the new β
-            towards_z(self, skipped, 1 - 1 / group["beta"], 1 - beta)
+        towards_z(self, skipped, 1 - beta / group["beta"])  # their y follows β, x and z stay
         for bucket in same_shape(params):
             g = [local(p.grad) for p in bucket]  # (m, n) each, or this process's rows of it
             if group["use_muon"]:
-                M = nesterov(states(self, bucket, "momentum_buffer"), g, group["momentum"])
+                M = [local(self.state[p]["momentum_buffer"]) for p in bucket]
+                M = nesterov(M, g, group["momentum"])
                 scale = 0.2 * math.sqrt(max(bucket[0].shape[-2:]))
                 Ps = polar(M, bucket[0], group["ns_steps"], group["ns_dtype"])
                 directions = [P.mul_(scale) for P in Ps]
             else:
-                directions = adamw_directions(g, states(self, bucket, "exp_avg_sq"), t, group)
-            for y, z, direction in zip(map(local, bucket), states(self, bucket, "z"), directions):
+                v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
+                directions = adamw_directions(g, v, t, group)
+            for p, direction in zip(bucket, directions):
+                y, z = local(p), local(self.state[p]["z"])
                 x = y.lerp(z, 1 - 1 / group["beta"])
                 z.mul_(1 - eta * group["weight_decay"])
                 z.sub_(direction, alpha=eta)
@@ -159,7 +161,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
 
     step(closure) needs the loss, the mean over all processes and micro-batches; without a closure
     it raises ValueError, except at lr 0. lr multiplies Polyak's step. averaging_power: r.
-    polyak_beta: βp. beta_anneal_steps 0: β stays. use_muon has no meaning. Clipped gradients make
+    polyak_beta: βp. beta_anneal_steps 0: β stays. use_muon is ignored. Clipped gradients make
     the step longer. The released class stores ê in the place of e, and so corrects it twice if
     βp > 0: a hidden warm-up of some hundred steps. This one is the formula. Parameters, train(),
     eval(): as for `SFNorMuon`.
@@ -179,12 +181,12 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         group["use_muon"] = False
         super().add_param_group(group)
         group["beta"] = group["sf_beta"]  # the β with which y was written
+        if not 0 < group["sf_beta"] < 1:
+            raise ValueError(f"sf_beta must be in (0, 1), got {group['sf_beta']}")
         check_group(group, "averaging_power", "averaging_start", "beta_anneal_steps")
         check_beta1(group)
         if not 0 <= group["polyak_beta"] < 1:
             raise ValueError(f"polyak_beta must be in [0, 1), got {group['polyak_beta']}")
-        if not 0 < group["sf_beta"] < 1:
-            raise ValueError(f"sf_beta must be in (0, 1), got {group['sf_beta']}")
 
     def __setstate__(self, state):
         for group in state["param_groups"]:
@@ -223,8 +225,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
             group["weight_sum"] += w
             c = w / group["weight_sum"] if group["weight_sum"] else 1.0
         skipped = [p for p in group["params"] if p.grad is None]
-        if beta != group["beta"]:  # they get their y with the new β
-            towards_z(self, skipped, 1 - 1 / group["beta"], 1 - beta)
+        towards_z(self, skipped, 1 - beta / group["beta"])  # their y follows β, x and z stay
         for p in params:
             g, y, z = local(p.grad), local(p), local(self.state[p]["z"])
             m, v = local(self.state[p]["exp_avg"]), local(self.state[p]["exp_avg_sq"])
@@ -255,7 +256,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
 class MuonAdamW(torch.optim.Optimizer):
     """torch's own Muon for groups with use_muon=True and torch's AdamW for the others, as one.
 
-    Under `fully_shard` torch's Muon makes a collective of every product (91 for six matrices, where
+    Under `fully_shard` torch's Muon runs a collective for every product (91 for six matrices, where
     `polar` makes 9): its losses compare there, its seconds do not.
     """
 
@@ -275,7 +276,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-# ---- parts that several of them take
+# ---- shared parts
 
 def nesterov(Ms, gs, momentum):
     """(1-μ) g + μ M for each matrix, after M ← μ M + (1-μ) g in place."""

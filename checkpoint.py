@@ -27,7 +27,7 @@ class Progress:
     """Where a run is, as its checkpoint keeps it."""
     step: int = 0
     train_time_s: float = 0.0  # without evaluation, checkpoints and compilation
-    data_step: int = 0  # the step before the first on these shards
+    data_step: int = 0  # the last step on earlier shards; 0: there were none
     tokenizer: str = ""
     shards: dict = field(default_factory=dict)  # name: tokens
 
@@ -98,7 +98,7 @@ def save_checkpoint(cfg: Config, model, optimizer, now: Progress) -> None:
 
 
 def load_weights(cfg: Config, model, tokenizer: str) -> dict:
-    """Copies the weights of cfg.init_from, which must be of such a model and tokenizer."""
+    """Copies the weights of cfg.init_from. Failure for another architecture or tokenizer."""
     saved = load(Path(cfg.init_from))
     if (other := saved.get("tokenizer", tokenizer)) != tokenizer:
         raise Failure(f"{cfg.init_from} was trained on {other} tokens, "

@@ -88,7 +88,8 @@ def run(main, argv: list[str]) -> None:
         status, cause = 1, e.__cause__ or e
         if isinstance(cause, dist.DistError) or "gloo" in str(cause):
             message = f"process {RANK} stopped, because another one ended"
-        elif re.search("out of memory|can't allocate|overflowed", str(e)) or isinstance(e, MemoryError):
+        elif isinstance(e, MemoryError) or re.search("out of memory|can't allocate|overflowed",
+                                                     str(e)):
             message = ("out of memory: lower batch_size, or give --activation_checkpointing=True "
                        f"({str(e).splitlines()[0]})")
         else:

@@ -1,4 +1,4 @@
-"""What a model is worth: its validation loss, bits per byte, and a text that it writes."""
+"""Validation loss, bits per byte, and a sample of text."""
 import math
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def evaluate(cfg: Config, model: GPT, data: TokenBatches) -> float:
     sequences, total = eval_range(cfg, data), 0.0
     for first in range(0, len(sequences), WORLD_SIZE * cfg.batch_size):
         mine = sequences[first + RANK * cfg.batch_size:][:cfg.batch_size]
-        # All processes and shapes must agree: the last sequence fills up, uncounted.
+        # Every process needs a batch of the same shape: uncounted sequences fill it up.
         x, y = get_batch(cfg, data, [*mine, *[sequences[-1]] * (cfg.batch_size - len(mine))])
         y[len(mine):] = -1
         with autocast(cfg):
@@ -69,7 +69,7 @@ def bits_per_byte(cfg: Config, data: TokenBatches, tokenizer, loss: float) -> fl
 
 
 def load_tokenizer(meta: dict):
-    """None, and a line that says so, if it cannot be loaded."""
+    """The tokenizer; None, after a line that says so, if it cannot be loaded."""
     try:
         return get_tokenizer(meta["tokenizer"])
     except Exception as e:  # tiktoken downloads, which can fail in any way
@@ -90,7 +90,7 @@ def sample(cfg: Config, model: GPT, meta: dict, tokens: int = 300) -> str:
 
 
 def print_evaluation(cfg: Config, model: GPT, data: TokenBatches, meta: dict) -> None:
-    """Prints what a checkpoint is worth. Writes nothing."""
+    """Prints a checkpoint's validation loss, perplexity and bits per byte. Writes nothing."""
     cfg.init_from = cfg.init_from or str(Path(cfg.out_dir) / "ckpt.pt")
     saved = together(lambda: load_weights(cfg, model, meta["tokenizer"]))
     loss = evaluate(cfg, model, data)

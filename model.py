@@ -145,8 +145,8 @@ class GPT(nn.Module):
         return linear_cross_entropy(x, W, targets, self.cross_entropy)  # the line for another loss
 
     def flops_per_token(self) -> int:
-        """The operations of a forward and a backward pass: 6 for each weight of a matrix product,
-        and attention's two products, counted in full as is customary, although half is masked."""
+        """FLOPs of a forward and a backward pass: 6 for each weight of a matrix product, and
+        attention's two products, counted in full as is customary, although half is masked."""
         c = self.config
         weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
@@ -166,7 +166,7 @@ class GPT(nn.Module):
             if idx.size(1) > self.config.block_size:  # from here on, each step moves every position
                 cache = None
             first = -self.config.block_size if cache is None else cache.length
-            # Without cuDNN's attention, which builds a plan for every new number of keys.
+            # cuDNN's attention is left out: it builds a plan for every new number of keys.
             with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                               SDPBackend.MATH]):
                 logits = self(idx[:, first:], cache=cache)[:, -1, :vocab_size].float()
@@ -195,9 +195,10 @@ def draw(logits, temperature, top_k, top_p, generator) -> Tensor:
     return torch.multinomial(p, 1, generator=generator)
 
 
-# ---- the loss ------------------------------------------------------------------------------------
+# ---- the loss
+
 CHUNK = 4096  # tokens whose logits exist at the same time
-IN_CACHE = 2**20  # logits that a CPU takes through all operations while they are in its cache
+IN_CACHE = 2**20  # logits of a slice that stays in a CPU's cache through all operations
 
 
 def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -> Tensor:

@@ -17,10 +17,10 @@ the model you deploy; y, between them, is where gradients are taken. A hidden we
     y = (1-β1) z + β1 x
 
 from x = y = z, M = 0 and v = 0. There is no bias correction, since polar(M) and P̂ / ‖P̂‖_F do not
-see a common factor. Every other parameter (embeddings, output head, gains) takes AdamW's step
-without a first moment, which y between z and x replaces: v ← β2 v + (1-β2) g⊙g, then the last lines
-with u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and x while
-evaluating, the state holds z. test_optim.py opens with the same as an executable reference.
+change with a common factor. Every other parameter (embeddings, output head, gains) takes AdamW's
+step without a first moment, whose part y plays: v ← β2 v + (1-β2) g⊙g, then the last lines with
+u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and x while
+evaluating; the state holds z. test_optim.py opens with the same as an executable reference.
 """
 import functools
 import math
@@ -37,22 +37,21 @@ else:
 class SFNorMuon(torch.optim.Optimizer):
     """Schedule-free NorMuon, without schedule and horizon: opt = SFNorMuon(param_groups(model)).
 
-    params: as for torch.optim, plain tensors or DTensors of `fully_shard` (then every process calls
-        every method). A group may override lr, betas, momentum, weight_decay and eps.
-        use_muon=True (default): hidden matrices (m, n) or stacks of them (E, m, n); False: the rest.
+    params: as for torch.optim. A group may override lr, betas, momentum, weight_decay and eps.
+        use_muon=True (default): matrices (m, n), or stacks of them (E, m, n); False: the rest.
+        If they are DTensors of `fully_shard`, every process must call every method.
     lr: η, read at every step; at 0 nothing moves. momentum: μ. weight_decay: λ. eps: ε.
-    betas: β1 in (0, 1], how far y is from z towards x; β2, of the second moments.
-    adam_betas: the same for groups with use_muon=False that bring no betas of their own.
+    betas: β1 in (0, 1], which places y; β2 in [0, 1), the decay of the second moments.
+    adam_betas: the betas of groups with use_muon=False that set none.
     warmup_steps: T_warmup. ns_steps, ns_dtype: steps and dtype of `newton_schulz`.
-    decay_at: "z" (the method), "y" or "none" (paper, Fig. 2). normalize_rows: False: Fig. 3.
-    averaging_power: r of Schedule-Free (arXiv:2405.15682), weights tʳ η_t² in the average.
-    beta_power: p of AMUSE's rule for β (arXiv:2605.22432, its ρ): 1-β1 falls as (T_warmup / t)^p
-        after the warm-up. The paper's method has r = p = 0.
+    decay_at: "z", or an ablation of Fig. 2: "y", "none". normalize_rows=False: that of Fig. 3.
+    averaging_power: r, for c = tʳ η_t² / Σ iʳ η_i² (Schedule-Free, arXiv:2405.15682).
+    beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p (AMUSE, arXiv:2605.22432, ρ).
 
-    A parameter without a gradient is skipped, while its group's t goes on. Raises ValueError for
-    parameters, gradients and values that no step can take, before anything moves; nothing for
-    gradients that are not finite. Keep parameters in float32: bfloat16 loses small updates. Only
-    Newton-Schulz is compiled; torch.compile(opt.step) would compile every step.
+    A parameter without a gradient is skipped, but its group's t advances. Parameters, gradients and
+    values that no step can take raise ValueError before anything moves; non-finite gradients raise
+    nothing. Keep parameters in float32: bfloat16 loses small updates. Only Newton-Schulz is
+    compiled; do not compile opt.step, which would recompile at every step.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), momentum=0.8,
@@ -70,17 +69,12 @@ class SFNorMuon(torch.optim.Optimizer):
         super().add_param_group(group)
         group["beta"] = group["betas"][0]  # the β1 with which y was written
         check_group(group, "averaging_power", "beta_power")
-        if not 0 < group["beta"] <= 1:  # x could not be recovered from y = z
-            raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
         if group["decay_at"] not in ("z", "y", "none"):
             raise ValueError(f'decay_at must be "z", "y" or "none", got {group["decay_at"]!r}')
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Moves every parameter that has a gradient. Returns the closure's loss, or None.
-
-        Raises RuntimeError in eval mode: the gradient must have been taken at y.
-        """
+        """Takes a step and returns closure(). RuntimeError in eval mode: gradients belong at y."""
         loss = begin_step(self, closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -91,7 +85,7 @@ class SFNorMuon(torch.optim.Optimizer):
                     self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])  # (m, 1)
                 else:
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            if params and group["lr"] != 0:  # a step at 0 is how torch has the state made
+            if params and group["lr"] != 0:  # torch's get_state_dict steps at 0 to create the state
                 self._step_group(group, params)
         return loss
 
@@ -104,20 +98,20 @@ class SFNorMuon(torch.optim.Optimizer):
         group["weight_sum"] += weight
         c = weight / group["weight_sum"] if group["weight_sum"] else 1.0
         beta1 = 1 - (1 - group["betas"][0]) * min(1.0, T / t) ** group["beta_power"]
-        if beta1 != group["beta"]:  # parameters without a gradient get their y with the new β1
-            skipped = [p for p in group["params"] if p.grad is None]
-            towards_z(self, skipped, 1 - 1 / group["beta"], 1 - beta1)
-        for bucket in same_shape(params):
+        skipped = [p for p in group["params"] if p.grad is None]
+        towards_z(self, skipped, 1 - beta1 / group["beta"])  # their y follows β1, x and z stay
+        for bucket in same_shape(params):  # one batch for Newton-Schulz, one exchange
             g = [local(p.grad) for p in bucket]  # (m, n) each, or this process's rows of it
             if group["use_muon"]:
-                M = states(self, bucket, "momentum_buffer")  # (m, n)
-                v = states(self, bucket, "row_second_moment")  # (m, 1)
+                M = [local(self.state[p]["momentum_buffer"]) for p in bucket]  # (m, n)
+                v = [local(self.state[p]["row_second_moment"]) for p in bucket]  # (m, 1)
                 torch._foreach_lerp_(M, g, 1 - group["momentum"])
                 directions = normuon_directions(M, v, bucket[0], group, group["betas"][1])
             else:
-                v = states(self, bucket, "exp_avg_sq")
+                v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
                 directions = adamw_directions(g, v, t, group)
-            for y, z, direction in zip(map(local, bucket), states(self, bucket, "z"), directions):
+            for p, direction in zip(bucket, directions):
+                y, z = local(p), local(self.state[p]["z"])
                 x = y.lerp(z, 1 - 1 / group["beta"])  # x = y + (1 - 1/β1) (z - y)
                 u = direction.mul_(eta)
                 if group["decay_at"] != "none":
@@ -143,38 +137,33 @@ class SFNorMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
-        """For each matrix of two dimensions that has taken a step (paper, Section 3 and Fig. 4):
-
-        rho: RMS(z). alpha: cosine between P̂ and the z it was subtracted from.
-        predicted: 0.1 (-α + √(α² + 2ηλ)), the λρ at which ‖z‖ stands still, for decay_at="z".
-        P̂ is computed again from the state, so with DTensors every process must call this.
+        """For each matrix (m, n) that has taken a step (paper, Section 3 and Fig. 4): rho, RMS(z);
+        alpha, cosine between P̂ and the z it was subtracted from; predicted, the λρ at which ‖z‖
+        stands still with decay_at="z", 0.1 (-α + √(α² + 2ηλ)). Every process must call it.
         """
         found = {}
-        for group in self.param_groups:
+        for group in (group for group in self.param_groups if group["use_muon"]):
             eta = float(group["lr"]) * min(1.0, group["step"] / max(1, group["warmup_steps"]))
-            matrices = [p for p in group["params"] if group["use_muon"] and p.ndim == 2]
-            for bucket in same_shape([p for p in matrices if self.state.get(p)]):
-                M = states(self, bucket, "momentum_buffer")
-                v = states(self, bucket, "row_second_moment")
-                directions = normuon_directions(M, v, bucket[0], group, beta2=1.0)  # v stays
-                for p, z, D in zip(bucket, states(self, bucket, "z"), directions):
+            params = [p for p in group["params"] if p.ndim == 2 and self.state.get(p)]
+            for bucket in same_shape(params):
+                M = [local(self.state[p]["momentum_buffer"]) for p in bucket]
+                v = [local(self.state[p]["row_second_moment"]) for p in bucket]
+                for p, D in zip(bucket, normuon_directions(M, v, bucket[0], group, beta2=1)):
+                    z = local(self.state[p]["z"])
                     last = z + eta * D  # the z before this step, but for the factor 1 - ηλ
-                    pairs = (z, z), (last, last), (D, D), (last, D)
-                    sums = torch.stack([(a * b).sum() for a, b in pairs])
-                    zz, ll, DD, lD = over_processes(sums, p).tolist()
-                    alpha = lD / max(math.sqrt(ll * DD), 1e-30)
-                    predicted = math.sqrt(alpha**2 + 2 * eta * group["weight_decay"]) - alpha
-                    found[p] = dict(rho=math.sqrt(zz / p.numel()), alpha=alpha,
-                                    predicted=0.1 * predicted)
+                    sums = torch.stack([(z * z).sum(), (last * last).sum(), (last * D).sum()])
+                    zz, ll, lD = (over_processes(sums, p) / p.numel()).tolist()
+                    alpha = lD / max(0.2 * math.sqrt(ll), 1e-30)  # RMS(D) = 0.2
+                    root = math.sqrt(alpha**2 + 2 * eta * group["weight_decay"])
+                    found[p] = dict(rho=math.sqrt(zz), alpha=alpha, predicted=0.1 * (root - alpha))
         return found
 
     def __setstate__(self, state):
         """Fills in what older versions did not save. ValueError for another optimizer's state."""
         for group in state["param_groups"]:
-            if not {"use_muon", "step", "weight_sum", "train_mode"} <= group.keys():
-                raise ValueError("this is the state of an optimizer that is not schedule-free")
-            added = {"averaging_power": 0.0, "beta_power": 0.0, "beta": group["betas"][0]}
-            group.update(added | group)
+            if not {"use_muon", "step", "weight_sum", "train_mode", "decay_at"} <= group.keys():
+                raise ValueError("this is not the state of the schedule-free SFNorMuon")
+            group.update(dict(averaging_power=0.0, beta_power=0.0, beta=group["betas"][0]) | group)
         super().__setstate__(state)
 
 
@@ -185,16 +174,17 @@ def param_groups(model: nn.Module) -> list[dict]:
     embedding, or an nn.Linear outside the blocks with as many outputs as an embedding has rows.
     Blocks are what an nn.ModuleList holds.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    inside = {m for blocks in lists for block in blocks for m in block.modules() if m is not block}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    modules = list(model.modules())
+    embeddings = [m for m in modules if isinstance(m, nn.Embedding)]
     sizes = {m.num_embeddings for m in embeddings}
-    heads = [m for m in model.modules()
-             if isinstance(m, nn.Linear) and m.out_features in sizes and m not in inside]
+    blocks = [block for m in modules if isinstance(m, nn.ModuleList) for block in m]
+    # A Linear that stands in a ModuleList by itself may be one of several heads.
+    inside = {m for block in blocks for m in block.modules() if m is not block}
+    linears = [m for m in modules if isinstance(m, nn.Linear) and m not in inside]
+    heads = [m for m in linears if m.out_features in sizes]
     ids = {id(m.weight) for m in embeddings + heads}
-    matrices, rest = [], []
-    for p in model.parameters():
-        (matrices if p.ndim == 2 and id(p) not in ids else rest).append(p)
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ids]
+    rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in ids]
     return [{"params": matrices}, {"params": rest, "use_muon": False}]
 
 
@@ -203,7 +193,7 @@ def param_groups(model: nn.Module) -> list[dict]:
 def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
     """0.2 √(mn) / ‖P̂‖_F · P̂ for the momenta Ms of matrices of the shape of the parameter `like`.
 
-    vs: the second moments of the rows, (m, 1) each, updated in place.
+    vs: the second moments of the rows, (m, 1) each, updated in place; beta2=1 leaves them.
     """
     Ps = polar(Ms, like, group["ns_steps"], group["ns_dtype"])
     if group["normalize_rows"]:
@@ -211,7 +201,9 @@ def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
             v.lerp_(torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / P.size(-1), 1 - beta2)
             P.div_(v.sqrt() + group["eps"])  # now P̂
     squares = torch.stack([torch.linalg.matrix_norm(P, keepdim=True) ** 2 for P in Ps])
-    norms = over_processes(squares, like).sqrt().clamp(min=1e-19)  # zero stays zero
+    if like.ndim == 2:  # a stack is cut between its matrices
+        squares = over_processes(squares, like)
+    norms = squares.sqrt().clamp(min=1e-19)  # zero stays zero
     factors = 0.2 * math.sqrt(like.shape[-2] * like.shape[-1]) / norms
     return [P.mul_(factor) for P, factor in zip(Ps, factors)]
 
@@ -233,7 +225,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     """
     if G.numel() == 0:
         return G.clone()
-    if G.ndim > 2 and not G.is_cuda:  # on a CPU, products of two dimensions are the fast ones
+    if G.ndim > 2 and not G.is_cuda:  # on a CPU, 2-D products are faster than batched ones
         return torch.stack([newton_schulz(M, steps, dtype) for M in G])
     dtype = dtype or (torch.bfloat16 if G.is_cuda else torch.float32)
     if G.is_cuda:
@@ -246,8 +238,8 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), on CUDA (B, m, n)
     a, b, c = 3.4445, -4.7750, 2.0315
     addmm = torch.addmm if G.ndim == 2 else torch.baddbmm  # fewer passes over memory
-    norm = torch.linalg.matrix_norm(G.to(torch.promote_types(G.dtype, torch.float32)), keepdim=True)
-    X = (G / norm.clamp(min=1e-19)).to(dtype)
+    X = G.to(torch.promote_types(G.dtype, torch.float32))  # the norm's squares need float32
+    X = (X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1e-19)).to(dtype)
     m, n = G.shape[-2:]
     if m > n:  # so that X Xᵀ is of the smaller size
         X = X.mT
@@ -279,15 +271,16 @@ def local(t: Tensor) -> Tensor:
 
 
 def over_processes(sums: Tensor, like: Tensor) -> Tensor:
-    """Adds up what each process has summed over its rows of the parameter `like`."""
-    if not isinstance(like, DTensor) or like.ndim > 2:  # a stack is cut between matrices
+    """Adds up what each process has summed over its part of the parameter `like`."""
+    if not isinstance(like, DTensor):
         return sums
     placements = [Partial() if p.is_shard() else p for p in like.placements]
     return DTensor.from_local(sums, like.device_mesh, placements, run_check=False).full_tensor()
 
 
 def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None) -> list[Tensor]:
-    """Polar factors of B matrices of the shape (m, n) of `like`: rows of each go in and come out.
+    """Polar factors of B matrices Ms of the shape (m, n) of `like`. Each process passes its rows of
+    every matrix and gets the same rows back.
 
     The only place that needs whole matrices, so the only exchange: DTensors sharded by rows are
     redistributed (an all-to-all) so that each process holds its share of the B matrices, and back.
@@ -298,22 +291,21 @@ def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None)
         return [newton_schulz(M, steps, dtype) for M in Ms]
     m, n = like.shape
     rows = [Shard(1) if p.is_shard() else p for p in like.placements]
-    split = [p if p.is_shard() else Shard(0) for p in rows]  # first, each replica takes its share
+    split = [p if p.is_shard() else Shard(0) for p in rows]  # DTensor's direct plan would gather
     whole = [Shard(0)] * len(rows)
     wrap = functools.partial(DTensor.from_local, device_mesh=like.device_mesh, run_check=False,
                              shape=torch.Size([len(Ms), m, n]), stride=(m * n, n, 1))
     dtype = dtype or (torch.bfloat16 if Ms[0].is_cuda else torch.float32)
     stack = wrap(torch.stack(Ms).to(dtype), placements=rows)
-    stack = stack.redistribute(placements=split).redistribute(placements=whole)
-    stack = wrap(newton_schulz(stack.to_local(), steps, dtype), placements=whole)
-    stack = stack.redistribute(placements=rows)
+    mine = stack.redistribute(placements=split).redistribute(placements=whole).to_local()
+    stack = wrap(newton_schulz(mine, steps, dtype), placements=whole).redistribute(placements=rows)
     return stack.to_local().to(Ms[0].dtype).unbind()
 
 
 # ---- speed
 
 def same_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters in lists whose Newton-Schulz can be done at once."""
+    """Lists of parameters of one shape, dtype, device and sharding."""
     buckets = {}
     for p in params:
         sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
@@ -336,33 +328,25 @@ def begin_step(optimizer, closure):
         raise RuntimeError("step() in eval mode: call .train() before the forward pass")
     with torch.enable_grad():
         loss = None if closure is None else closure()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in (p for p in params if p.grad is not None):
-        tensors = {"gradient": p.grad, **(optimizer.state.get(p) or {})}
-        for name, t in ((n, t) for n, t in tensors.items() if n != "row_second_moment"):
-            like = (t.layout, t.shape, t.dtype, t.device) == (p.layout, p.shape, p.dtype, p.device)
-            if not like or t.dtype == torch.float16:
-                raise ValueError(f"{name} of the parameter of shape {tuple(p.shape)} must be dense, "
-                                 f"like it and not float16: {t.layout}, {t.dtype}, "
-                                 f"{tuple(t.shape)}, {t.device}")
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        tensors = {"gradient": p.grad, **optimizer.state.get(p, {})}
+        tensors.pop("row_second_moment", None)  # has a shape of its own
+        for name, t in tensors.items():
+            got, own = ((tuple(t.shape), t.dtype, t.device, t.layout) for t in (t, p))
+            if got != own or t.dtype == torch.float16:
+                raise ValueError(f"{name} {got} must be like its parameter {own}, and not float16")
     return loss
 
 
-def states(optimizer, params, name: str) -> list[Tensor]:
-    return [local(optimizer.state[p][name]) for p in params]
-
-
 @torch.no_grad()
-def towards_z(optimizer, params, *weights: float) -> None:
-    """w ← w + weight (z - w), for each weight in turn, of the parameters w that have a state."""
-    params = [p for p in params if optimizer.state.get(p)]
-    for w, z in zip(map(local, params), states(optimizer, params, "z")):
-        for weight in weights:
-            w.lerp_(z, weight)
+def towards_z(optimizer, params, weight: float) -> None:
+    """w ← w + weight (z - w), in place, for each parameter w that has a state."""
+    for p in (p for p in params if optimizer.state.get(p)):
+        local(p).lerp_(local(optimizer.state[p]["z"]), weight)
 
 
 def check_group(group: dict, *names: str) -> None:
-    """Raises ValueError for a group that no step can take. `names`: more that must not be < 0."""
+    """Raises ValueError for a group that no step can take. `names`: more that must be >= 0."""
     least = dict.fromkeys(("lr", "weight_decay", "eps", "warmup_steps", *names), 0)
     for name, value in {**least, "ns_steps": 1}.items():
         if not group.get(name, value) >= value:
@@ -370,13 +354,14 @@ def check_group(group: dict, *names: str) -> None:
     for name, value in (("beta2", group["betas"][1]), ("momentum", group.get("momentum", 0))):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not 0 < group.get("beta", 1) <= 1:  # at 0, y = z and x could not be recovered
+        raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
     for p in group["params"]:
-        what = f"the parameter of shape {tuple(p.shape)}"
-        placements = getattr(p, "placements", ())
-        if p.is_complex() or p.layout != torch.strided or p.dtype == torch.float16:
-            raise ValueError(f"{what} must be real and dense, and not float16, where ε and squares "
-                             f"are 0: it is {p.dtype}, {p.layout}")
+        what, placements = f"parameter of shape {tuple(p.shape)}", getattr(p, "placements", ())
+        if p.is_complex() or p.layout != torch.strided or p.dtype == torch.float16:  # ε is 0 there
+            raise ValueError(f"{what}: must be real and dense, not float16: {p.dtype}, {p.layout}")
         if group["use_muon"] and p.ndim not in (2, 3):
-            raise ValueError(f"{what} is no matrix or stack of them: make its group use_muon=False")
+            raise ValueError(f"{what} is no matrix or stack of them: give the parameter of a view, "
+                             "or put it into a group with use_muon=False")
         if group["use_muon"] and any(q not in (Shard(0), Replicate()) for q in placements):
             raise ValueError(f"{what} must be sharded by rows, Shard(0), got {placements}")

@@ -26,7 +26,7 @@ def save(path: Path, tree) -> None:
     def whole(v):
         try:
             return v.full_tensor() if isinstance(v, DTensor) else v
-        except RuntimeError as e:  # the others wait in it: say nothing to them, end
+        except RuntimeError as e:  # the others wait in it and cannot be told: run() ends this one
             raise MemoryError(f"{path}: {e}") from e
 
     def write(file):
@@ -52,7 +52,7 @@ def save(path: Path, tree) -> None:
     if RANK == 0:
         together(lambda: write_atomically(path, write))
     else:
-        for tensor in tensors:  # in step with the writer: NCCL ends what waits for too long
+        for tensor in tensors:  # in step with the writer: NCCL aborts what waits for too long
             together(lambda: None)
             whole(tensor)
         together(lambda: None)

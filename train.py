@@ -24,8 +24,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-PARENT = os.getppid()  # before the imports that take seconds, in which a torchrun can be killed
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spinning threads slow a busy CPU 20 times
+PARENT = os.getppid()  # before the slow imports, during which torchrun may be killed
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads spin: a busy CPU is 20 times slower
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop: Ctrl-C just ends the process
 
@@ -49,7 +49,7 @@ from sf_normuon import local, param_groups
 from state import rows
 
 QUICKSTART_DATA = "data/stdlib"  # the only folder that is made when it is missing
-PEAK_FLOPS = {  # of dense bfloat16 products; the first entry whose words the card's name has counts
+PEAK_FLOPS = {  # dense bfloat16 FLOP/s: of the first entry whose words are all in the card's name
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 4090 D": 147e12, "RTX 4090": 165e12}
@@ -89,7 +89,8 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     compile_and_checkpoint(cfg, model)
-    # Without "meta" the layers draw weights of their own first. So do we, for the same weights.
+    # A GPT made on the CPU draws torch's default weights first. Repeated here: a seed then gives
+    # the same weights both ways.
     for layer in model.modules():
         if hasattr(layer, "reset_parameters"):
             copy.deepcopy(layer).to_empty(device="cpu").reset_parameters()
@@ -113,7 +114,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
 
 
 def replicas(cfg: Config) -> int:
-    """How many times the processes together hold the model, and so each row of a gradient."""
+    """The number of copies of the model, each sharded over shard_size processes."""
     return WORLD_SIZE // (cfg.shard_size or WORLD_SIZE)
 
 
@@ -127,7 +128,7 @@ def compile_and_checkpoint(cfg: Config, model: GPT) -> None:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-# ---- rates and figures
+# ---- learning rate and reports
 
 def lr_factor(cfg: Config, step: int, steps: int) -> float:
     """What multiplies lr at step 1, 2, ..., steps of a scheduled optimizer."""
@@ -253,7 +254,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
         optimizer.step(lambda: loss)  # only schedulefree_plus asks for the loss
         model.zero_grad()
 
-        # log; the first step compiles, so it is counted as long as the second
+        # log; the first step compiles, so the second counts twice and the first not at all
         seconds = time.perf_counter() - clock
         now.train_time_s += seconds * {first_step: 0, first_step + 1: 2}.get(now.step, 1)
         logged_time += seconds
@@ -312,7 +313,7 @@ def main(argv: list[str]) -> None:
     try:
         model = build_model(cfg, vocab_size)
         optimizer = build_optimizer(cfg, model)
-    except ValueError as e:  # of knobs that do not fit together
+    except ValueError as e:  # knobs that do not fit together
         raise Failure(e, 2)
     if cfg.eval_only:
         return print_evaluation(cfg, model, val_data, meta)

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint import state_dict as checkpoint_helpers
 
 from baselines import AMUSE, NorMuon, ScheduleFreePlus
 from conftest import ENV, REPO
-from optimizers import (ALL_KNOBS, BF16, F16, F32, F64, FAST, KNOBS, MATRICES, MISSING, OVERRIDES,
-                        SHAPES, all_classes, close, copies, draw, every, make, name_of, same,
-                        same_run, spectral, step)
+from optimizers import (ALL_KNOBS, BF16, F16, F32, F64, FAST, GROUPS, KNOBS, MATRICES, MISSING,
+                        OVERRIDES, SHAPES, all_classes, close, copies, draw, every, make, name_of,
+                        same, same_run, spectral, step)
 from sf_normuon import SFNorMuon
 
 # ---- values and parameters that are refused
@@ -443,12 +443,12 @@ def test_a_state_of_an_older_version_is_completed():
     same_run(params, opt, params_2, opt_2)
 
 
-def test_the_state_of_another_optimizer_is_refused_and_nothing_changes():
+@pytest.mark.parametrize("other", [torch.optim.AdamW, AMUSE], ids=lambda cls: cls.__name__)
+def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(other):
     weights, grads = draw(SHAPES, 3)
     (a, opt_a), (b, opt_b) = (make(weights, SFNorMuon, **FAST) for _ in range(2))
     c = [nn.Parameter(w.clone()) for w in weights]
-    groups = [{"params": part} for part in (c[:4], c[4:7], c[7:])]
-    adamw = torch.optim.AdamW(groups)
+    adamw = other([{"params": c[part], "use_muon": part != GROUPS[2]} for part in GROUPS])
     for params, opt in ((a, opt_a), (b, opt_b), (c, adamw)):
         step(opt, params, grads[0])
     with pytest.raises(ValueError, match="schedule-free"):

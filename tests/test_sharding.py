@@ -27,7 +27,7 @@ from sf_normuon import SFNorMuon, param_groups
 # unevenly; 1 and 2 rows, which leave a process without any; stacks of 3 matrices and of 1. The last
 # one belongs to the root.
 BLOCKS = [
-    [(8, 6), (8, 6), (5, 9), (1, 4), (6,), (3, 5, 4)],
+    [(3, 5, 4), (8, 6), (8, 6), (5, 9), (1, 4), (6,)],
     [(8, 6), (8, 6), (8, 6), (5, 9), (2, 7), (7, 3), (1,), (1, 4, 4)],
     [(11, 6)],
 ]
