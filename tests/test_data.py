@@ -399,7 +399,8 @@ def test_subset_and_small_text(tmp_path):
         "---\nconfigs:\n- config_name: sample-10BT\n"
         "  data_files:\n  - split: train\n    path: sample/10BT/*\n"
         "dataset_info:\n  config_name: sample-10BT\n  features:\n"
-        "  - name: text\n    dtype: string\n  - name: id\n    dtype: string\n  splits:\n  - name: train\n---\n")
+        "  - name: text\n    dtype: string\n  - name: id\n    dtype: string\n"
+        "  splits:\n  - name: train\n---\n")
     for i in range(2):
         write_parquet(folder / "sample" / "10BT" / f"{i:03d}_00000.parquet",
                       text=DOCUMENTS[i::2], id=["x"] * 200)
