@@ -1,8 +1,10 @@
-"""What the tests share: runs of train.py as processes of their own, and the small data that they train on.
+"""What the tests share: runs of train.py as processes of their own, and the small data that they
+train on.
 
-Importing torch takes seconds, so most runs are forked from a server that has imported train.py's modules once (the
-standard library's forkserver); each is still a process of its own that runs train.py as __main__ from its first line.
-The others are started as a user starts them, by python or torchrun.
+Importing torch takes seconds, so most runs are forked from a server that has imported train.py's
+modules once (the standard library's forkserver); each is still a process of its own that runs
+train.py as __main__ from its first line. The others are started as a user starts them, by python
+or torchrun.
 """
 import json
 import multiprocessing
@@ -29,9 +31,10 @@ from model import GPT, GPTConfig
 REPO = Path(__file__).resolve().parents[1]
 TRAIN = str(REPO / "train.py")
 BATCH = 12 * 64  # tokens in a step: 12 sequences are whole batches for 1, 2 and 3 processes
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=2, total_batch_tokens=BATCH, max_tokens=12 * BATCH,
-            lr=0.02, warmup_steps=4, grad_clip=0.5, eval_interval=4, log_interval=1, checkpoint_interval=4,
-            eval_tokens=11 * 64, device="cpu", compile=False, data_dir="data", out_dir="run")
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=2, total_batch_tokens=BATCH,
+            max_tokens=12 * BATCH, lr=0.02, warmup_steps=4, grad_clip=0.5, eval_interval=4,
+            log_interval=1, checkpoint_interval=4, eval_tokens=11 * 64, device="cpu",
+            compile=False, data_dir="data", out_dir="run")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
 HANG = 120  # seconds: far more than anything here takes
 
@@ -45,7 +48,8 @@ def fork_server():
     return context
 
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would inherit that it is ignored
+# under nohup the runs would inherit that it is ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 FORKS = fork_server()
 
 
@@ -53,32 +57,38 @@ def run_as_main(cwd, argv, environment, file_limit):
     """In the forked process: become `python train.py argv`."""
     os.chdir(cwd)
     os.environ.update(environment)
-    for fd, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "stdout", os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+    for fd, name, flags in ((0, os.devnull, os.O_RDONLY),
+                            (1, "stdout", os.O_WRONLY | os.O_APPEND | os.O_CREAT),
                             (2, "stderr", os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
         os.dup2(os.open(name, flags), fd)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     torch.set_num_threads(1)
-    for name in ("distributed", "config", "state", "checkpoint", "evaluate"):  # which know the environment
+    # those that know the environment
+    for name in ("distributed", "config", "state", "checkpoint", "evaluate"):
         sys.modules.pop(name, None)
     sys.argv = [TRAIN, *argv]
     runpy.run_path(TRAIN, run_name="__main__")
 
 
 class Run:
-    """train.py in the folder cwd with TINY's knobs, unless `plain`, and the given ones: forked, or by command."""
+    """train.py in the folder cwd with TINY's knobs, unless `plain`, and the given ones: forked, or
+    by command."""
 
-    def __init__(self, cwd, *argv, plain=False, processes=1, command=None, file_limit=None, env={}, **knobs):
+    def __init__(self, cwd, *argv, plain=False, processes=1, command=None, file_limit=None,
+                 env={}, **knobs):
         self.cwd, self.folder = cwd, cwd / knobs.get("out_dir", "run")
         knobs = knobs if plain else {**TINY, **knobs}
-        argv = [*argv, *(f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in knobs.items())]
+        argv = [*argv, *(f"--{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+                         for key, v in knobs.items())]
         for name in ("stdout", "stderr"):
             (cwd / name).unlink(missing_ok=True)
         self.popen, self.forks = None, []
         if command:
             files = [open(cwd / name, "a") for name in ("stdout", "stderr")]
-            self.popen = subprocess.Popen([*command, TRAIN, *argv], cwd=cwd, env={**ENV, **env}, stdin=subprocess.DEVNULL,
-                                          stdout=files[0], stderr=files[1], start_new_session=True)
+            self.popen = subprocess.Popen([*command, TRAIN, *argv], cwd=cwd, env={**ENV, **env},
+                                          stdin=subprocess.DEVNULL, stdout=files[0],
+                                          stderr=files[1], start_new_session=True)
             self.pid = self.popen.pid
             return
         with socket.socket() as s:
@@ -86,8 +96,10 @@ class Run:
             port = s.getsockname()[1]
         for rank in range(processes):
             environment = {} if processes == 1 else dict(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            self.forks.append(FORKS.Process(target=run_as_main, args=(cwd, argv, environment, file_limit)))
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            self.forks.append(FORKS.Process(target=run_as_main,
+                                            args=(cwd, argv, environment, file_limit)))
             self.forks[-1].start()
         self.pid = self.forks[0].pid
 
@@ -98,9 +110,11 @@ class Run:
         """Until it ends, with this exit status, or one of these, on every process."""
         wait_for(lambda: not self.running(), f"the end of {self.cwd}", kill=self)
         self.statuses = [self.popen.returncode] if self.popen else [p.exitcode for p in self.forks]
-        self.out, self.err = (Path(self.cwd / n).read_text(errors="replace") for n in ("stdout", "stderr"))
+        self.out, self.err = (Path(self.cwd / n).read_text(errors="replace")
+                              for n in ("stdout", "stderr"))
         if status is not None:
-            assert {*self.statuses} <= ({*status} if isinstance(status, tuple) else {status}), (self.statuses, self.err[-3000:])
+            assert {*self.statuses} <= ({*status} if isinstance(status, tuple) else {status}), (
+                self.statuses, self.err[-3000:])
         return self
 
     def kill(self):
@@ -109,7 +123,8 @@ class Run:
 
     def log(self):
         path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return ([json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+                if path.exists() else [])
 
     def step(self):
         return max([entry["step"] for entry in self.log()], default=0)
@@ -121,7 +136,8 @@ class Run:
         return torch.load(self.folder / "ckpt.pt", weights_only=True, map_location="cpu")
 
     def complaint(self, *words):
-        """The one line on stderr, beside the progress bar, without traceback, with these words in it."""
+        """The one line on stderr, beside the progress bar, without traceback, with these words in
+        it."""
         lines = [line.strip() for line in re.split(r"[\r\n]", self.err)]
         lines = [line for line in lines if line and not re.search(r"tok/s|\?tok|it/s", line)]
         assert len(lines) == 1 and lines[0].startswith("train.py: "), self.err[-3000:]
@@ -141,8 +157,10 @@ def wait_for(condition, what, seconds=HANG, kill=None):
         if ended or time.monotonic() > deadline:
             if kill:
                 kill.kill()
-                what += f"; {[p.exitcode for p in kill.forks]}, stderr: {(kill.cwd / 'stderr').read_text()[-2000:]}"
-            pytest.fail(f"{'it ended' if ended else f'{seconds} s were not enough'}, waiting for {what}")
+                what += (f"; {[p.exitcode for p in kill.forks]}, "
+                         f"stderr: {(kill.cwd / 'stderr').read_text()[-2000:]}")
+            pytest.fail(f"{'it ended' if ended else f'{seconds} s were not enough'}, "
+                        f"waiting for {what}")
         time.sleep(0.02)
 
 
@@ -253,7 +271,7 @@ def reference(place, background):
     return Run(place("one"), command=[sys.executable]).wait()
 
 
-# ---------------------------------------------------------------- models and runs that several files use
+# ---- models and runs that several files use
 
 SMALL = GPTConfig(vocab_size=96, block_size=48, n_layer=3, n_head=4, n_embd=48)
 
@@ -262,7 +280,8 @@ SMALL = GPTConfig(vocab_size=96, block_size=48, n_layer=3, n_head=4, n_embd=48)
 def small():
     torch.manual_seed(0)
     gpt = GPT(SMALL)
-    for p in gpt.parameters():  # larger than at the start, so that every part shows in the logits; gains that differ
+    # larger than at the start, so that every part shows in the logits; gains that differ
+    for p in gpt.parameters():
         p.data.mul_(3) if p.ndim == 2 else p.data.uniform_(0.5, 1.5)
     return gpt
 
@@ -275,7 +294,8 @@ SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="long: SOAK=1")
 def assert_uninterrupted(run, whole):
     assert_same(run.checkpoint(), whole.checkpoint())
     entries = [(e["step"], "loss" in e) for e in run.log()]
-    assert len(entries) == len({*entries}) and {*entries} == {(e["step"], "loss" in e) for e in whole.log()}
+    assert (len(entries) == len({*entries})
+            and {*entries} == {(e["step"], "loss" in e) for e in whole.log()})
     for key in ("loss", "val_loss"):
         assert run.values(key) == whole.values(key)
 
@@ -288,7 +308,8 @@ def validation_loss(data, gpt, weights):
 
 
 def driver(folder, code):
-    """A program that runs `code` and then becomes the program that follows it on the command line."""
+    """A program that runs `code` and then becomes the program that follows it on the command
+    line."""
     path = folder / "driver.py"
     path.write_text(f"import os, runpy, sys\n{code}\nsys.argv = sys.argv[1:]\n"
                     "runpy.run_path(sys.argv[0], run_name='__main__')\n")

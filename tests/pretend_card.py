@@ -1,11 +1,14 @@
-"""Runs a program as on a machine with NVIDIA cards, on one without: tensors, autocast, generators, meshes and NCCL that
-it asks for on "cuda" are the CPU's and gloo's, while torch's own Python checks of device arguments stay in force.
+"""Runs a program as on a machine with NVIDIA cards, on one without: tensors, autocast, generators,
+meshes and NCCL that it asks for on "cuda" are the CPU's and gloo's, while torch's own Python checks
+of device arguments stay in force.
 
     python tests/pretend_card.py [--cards=2] train.py configs/quickstart.py
-    torchrun --standalone --nproc_per_node=2 tests/pretend_card.py --cards=2 train.py configs/quickstart.py
+    torchrun --standalone --nproc_per_node=2 tests/pretend_card.py --cards=2 \
+        train.py configs/quickstart.py
 
-Every Python process that the program starts pretends too. With PRETEND_LOG set to a folder, each process leaves a file
-<its pid> there, with a line "<LOCAL_RANK> <number of the card>" for each card that it put a tensor or a communicator on.
+Every Python process that the program starts pretends too. With PRETEND_LOG set to a folder, each
+process leaves a file <its pid> there, with a line "<LOCAL_RANK> <number of the card>" for each card
+that it put a tensor or a communicator on.
 """
 import contextlib
 import importlib.abc
@@ -24,7 +27,8 @@ STREAM = SimpleNamespace(synchronize=lambda: None, device_type="cuda")
 
 
 class AfterTorch(importlib.abc.MetaPathFinder):
-    """Changes torch as soon as it has been imported; processes that do without it do not pay for it."""
+    """Changes torch as soon as it has been imported; processes that do without it do not pay for
+    it."""
 
     def find_spec(self, name, path, target=None):
         if name != "torch":
@@ -45,7 +49,8 @@ def pretend(torch):
     from torch.overrides import TorchFunctionMode
 
     cuda, dist = torch.cuda, torch.distributed
-    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[:int(os.environ["PRETEND_CARDS"])]
+    numbers = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[
+        :int(os.environ["PRETEND_CARDS"])]
     now, taken = [0], set()  # the current card; those that were used
 
     def check(index):
@@ -75,7 +80,8 @@ def pretend(torch):
                 return func(*args, **kwargs)
             if func is torch.Tensor.pin_memory:
                 return args[0]
-            if func is torch.Tensor.cuda or func is torch.Tensor.to and type(args[1:2] and args[1]) is int:
+            if (func is torch.Tensor.cuda
+                    or func is torch.Tensor.to and type(args[1:2] and args[1]) is int):
                 take(*args[1:2])
                 return args[0]
             return func(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
@@ -94,8 +100,8 @@ def pretend(torch):
         def elapsed_time(self, end):  # ms
             return 1e3 * (end.time - self.time)
 
-    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9, minor=0,
-                                 multi_processor_count=132, uuid="GPU-0")
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9,
+                                 minor=0, multi_processor_count=132, uuid="GPU-0")
 
     def get_device_properties(device=None):
         check(cuda._utils._get_device_index(device, optional=True))
@@ -106,11 +112,14 @@ def pretend(torch):
 
     torch._C._cuda_setDevice = set_device  # behind torch.cuda.set_device and its checks
     for name, value in dict(
-            is_available=lambda: bool(numbers), device_count=lambda: len(numbers), current_device=lambda: now[0],
-            _lazy_init=lambda: None, get_device_properties=get_device_properties, memory_allocated=used,
+            is_available=lambda: bool(numbers), device_count=lambda: len(numbers),
+            current_device=lambda: now[0], _lazy_init=lambda: None,
+            get_device_properties=get_device_properties, memory_allocated=used,
             max_memory_allocated=used, memory_reserved=used, max_memory_reserved=used, Event=Event,
-            mem_get_info=lambda device=None: (MEMORY - used(), MEMORY), memory_stats=lambda device=None: {},
-            is_bf16_supported=lambda including_emulation=True: True, synchronize=lambda device=None: None,
+            mem_get_info=lambda device=None: (MEMORY - used(), MEMORY),
+            memory_stats=lambda device=None: {},
+            is_bf16_supported=lambda including_emulation=True: True,
+            synchronize=lambda device=None: None,
             empty_cache=lambda: None, reset_peak_memory_stats=lambda device=None: None,
             is_current_stream_capturing=lambda: False, current_stream=lambda device=None: STREAM,
             stream=lambda stream: contextlib.nullcontext()).items():
@@ -127,7 +136,8 @@ def pretend(torch):
 
     torch.Generator = Generator
     begin = torch.autocast.__init__
-    torch.autocast.__init__ = lambda self, device_type, *args, **kwargs: begin(self, on_cpu(device_type), *args, **kwargs)
+    torch.autocast.__init__ = lambda self, device_type, *args, **kwargs: begin(
+        self, on_cpu(device_type), *args, **kwargs)
 
     init, mesh = dist.init_process_group, device_mesh.init_device_mesh
 
@@ -155,5 +165,6 @@ elif __name__ == "__main__":
     link.symlink_to(Path(__file__).resolve())
     link.replace(folder / "sitecustomize.py")
     os.environ["PRETEND_CARDS"] = cards[1] if cards else "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     os.execv(sys.executable, [sys.executable, *sys.argv[2 if cards else 1:]])

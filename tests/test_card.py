@@ -1,4 +1,5 @@
-"""Every program under a pretend card (tests/pretend_card.py), as a process of its own and to its end."""
+"""Every program under a pretend card (tests/pretend_card.py), as a process of its own and to its
+end."""
 import json
 import shutil
 import socket
@@ -14,13 +15,16 @@ from data import write_shard
 
 CARD = str(REPO / "tests/pretend_card.py")
 H100 = [sys.executable, CARD]
-TINY_CARD = dict(device="cuda", n_layer=1, max_tokens=3 * TINY["total_batch_tokens"], eval_tokens=64, eval_interval=99,
+TINY_CARD = dict(device="cuda", n_layer=1, max_tokens=3 * TINY["total_batch_tokens"],
+                 eval_tokens=64, eval_interval=99,
                  dtype="float32")  # bfloat16 is slow on most CPUs
 
 
 STUDY = """
-base = dict(data_dir="data", n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, total_batch_tokens=32,
-            vocab_size=320, warmup_steps=2, eval_interval=2, eval_tokens=64, log_interval=1, compile=False)
+base = dict(data_dir="data", n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, \
+total_batch_tokens=32,
+            vocab_size=320, warmup_steps=2, eval_interval=2, eval_tokens=64, log_interval=1, \
+compile=False)
 tokens, horizons, seeds, tuning_seeds = 64, (1,), (0,), (100,)
 optimizers = {"sf": dict(optimizer="sf_normuon", lr=0.01)}
 """
@@ -33,8 +37,8 @@ def torchrun_cards(processes, cards):
 
 def call(cwd, *argv, status=0, cards=1, **env):
     """A program on `cards` pretend cards, in the folder cwd; what it printed."""
-    result = subprocess.run([*H100, f"--cards={cards}", *map(str, argv)], cwd=cwd, env={**ENV, **env}, text=True,
-                            capture_output=True, timeout=HANG * 5)
+    result = subprocess.run([*H100, f"--cards={cards}", *map(str, argv)], cwd=cwd,
+                            env={**ENV, **env}, text=True, capture_output=True, timeout=HANG * 5)
     assert result.returncode == status, result.stderr[-3000:]
     return result
 
@@ -60,14 +64,16 @@ def log(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    """A run that others resume, evaluate, sample and export: the quickstart's shape, 20 steps on a card."""
-    return Run(place("card"), command=H100, device="cuda", log_interval=1, max_tokens=20 * TINY["total_batch_tokens"],
-               eval_interval=10).wait()
+    """A run that others resume, evaluate, sample and export: the quickstart's shape, 20 steps on a
+    card."""
+    return Run(place("card"), command=H100, device="cuda", log_interval=1,
+               max_tokens=20 * TINY["total_batch_tokens"], eval_interval=10).wait()
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_the_first_losses_on_a_card_are_the_cpus(place, trained, dtype, tolerance):
-    knobs = dict(log_interval=1, max_tokens=20 * TINY["total_batch_tokens"], eval_interval=10, dtype=dtype)
+    knobs = dict(log_interval=1, max_tokens=20 * TINY["total_batch_tokens"],
+                 eval_interval=10, dtype=dtype)
     cpu = Run(place("cpu"), **knobs).wait().values("loss")
     if dtype == "float32":
         card = Run(place("card32"), command=H100, device="cuda", **knobs).wait().values("loss")
@@ -80,8 +86,8 @@ def test_the_first_losses_on_a_card_are_the_cpus(place, trained, dtype, toleranc
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_quickstart_trains_on_a_card_with_every_optimizer(cwd, log, optimizer):
-    run = Run(cwd, str(REPO / "configs/quickstart.py"), command=H100, optimizer=optimizer, env={"PRETEND_LOG": str(log)},
-              **TINY_CARD).wait()
+    run = Run(cwd, str(REPO / "configs/quickstart.py"), command=H100, optimizer=optimizer,
+              env={"PRETEND_LOG": str(log)}, **TINY_CARD).wait()
     assert "NVIDIA H100 80GB HBM3" in run.out and run.step() == 3
     assert cards_taken(log) == {0: {0}}
 
@@ -96,9 +102,11 @@ def test_a_run_resumes_on_a_card_and_goes_on_as_without_a_stop(cwd, place):
 
 
 def test_two_processes_take_a_card_each(cwd, log, place):
-    """The second simulated on one machine: cards 2 and 3 are visible, so that a number is not a rank."""
+    """The second simulated on one machine: cards 2 and 3 are visible, so that a number is not a
+    rank."""
     knobs = {**TINY_CARD, "compile": False}
-    two = Run(cwd, command=torchrun_cards(2, 2), env={"PRETEND_LOG": str(log), "CUDA_VISIBLE_DEVICES": "2,3"}, **knobs).wait()
+    two = Run(cwd, command=torchrun_cards(2, 2),
+              env={"PRETEND_LOG": str(log), "CUDA_VISIBLE_DEVICES": "2,3"}, **knobs).wait()
     assert cards_taken(log) == {0: {2}, 1: {3}}
     one = Run(place("one_card"), command=H100, **knobs).wait()
     assert_same(two.checkpoint(), one.checkpoint(), tolerance=1e-4, parts=("model",))
@@ -107,22 +115,25 @@ def test_two_processes_take_a_card_each(cwd, log, place):
 # ---------------------------------------------------------------- the other programs
 
 def test_evaluation_sampling_and_export_work_on_a_card(trained):
-    evaluated = Run(trained.cwd, "--eval_only", command=H100, device="cuda", eval_interval=10).wait()
+    evaluated = Run(trained.cwd, "--eval_only", command=H100, device="cuda",
+                    eval_interval=10).wait()
     assert "validation loss" in evaluated.out
-    assert call(trained.cwd, REPO / "sample.py", trained.folder, "--tokens=3", "--prompt=def").stdout.startswith("def")
+    assert call(trained.cwd, REPO / "sample.py", trained.folder, "--tokens=3",
+                "--prompt=def").stdout.startswith("def")
     call(trained.cwd, REPO / "export_hf.py", trained.folder / "ckpt.pt", trained.cwd / "hf")
     assert (trained.cwd / "hf/config.json").exists()
 
 
 @pytest.mark.parametrize("what", ["step", "train", "loop"])
 def test_bench_works_on_a_card(tmp_path, what):
-    out = call(tmp_path, REPO / "experiments/bench.py", what, "--layers=1", "--rounds=1", "--tokens=32", "--dtype=float32",
-               TORCH_COMPILE_DISABLE="1").stdout
+    out = call(tmp_path, REPO / "experiments/bench.py", what, "--layers=1", "--rounds=1",
+               "--tokens=32", "--dtype=float32", TORCH_COMPILE_DISABLE="1").stdout
     assert "NVIDIA H100 80GB HBM3" in out and "| --- |" in out
 
 
 def test_memory_counts_on_a_card(tmp_path):
-    out = call(tmp_path, REPO / "experiments/memory.py", REPO / "configs/125m_sf.py", "--n_layer=3").stdout
+    out = call(tmp_path, REPO / "experiments/memory.py", REPO / "configs/125m_sf.py",
+               "--n_layer=3").stdout
     assert "fits" in out
 
 
@@ -147,16 +158,19 @@ def test_hf_trainer_works_on_a_card(tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_fsdp2_takes_the_card_of_its_local_rank(tmp_path, log, nodes):
-    """Two processes on one node with two cards, and on two nodes with a card each, numbered 0 on both."""
+    """Two processes on one node with two cards, and on two nodes with a card each, numbered 0 on
+    both."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     processes = []
     for rank in range(2):
-        environment = {**ENV, "RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PRETEND_LOG": str(log)}
-        processes.append(subprocess.Popen([*H100, f"--cards={2 // nodes}", str(REPO / "examples/fsdp2.py"), "out", "2"],
-                                          cwd=tmp_path, env=environment))
+        environment = {**ENV, "RANK": str(rank), "LOCAL_RANK": str(rank % (2 // nodes)),
+                       "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                       "PRETEND_LOG": str(log)}
+        processes.append(subprocess.Popen(
+            [*H100, f"--cards={2 // nodes}", str(REPO / "examples/fsdp2.py"), "out", "2"],
+            cwd=tmp_path, env=environment))
     assert [process.wait(HANG * 5) for process in processes] == [0, 0]
     assert cards_taken(log) == ({0: {0}} if nodes == 2 else {0: {0}, 1: {1}})
 
@@ -175,12 +189,14 @@ def test_a_card_that_is_not_there_is_one_line(cwd):
 
 
 def test_cuda_in_a_torch_without_it_is_one_line(cwd):
-    result = subprocess.run([sys.executable, TRAIN, "--data_dir=data", "--device=cuda"], cwd=cwd, env=ENV, text=True,
-                            capture_output=True, timeout=HANG)
+    result = subprocess.run([sys.executable, TRAIN, "--data_dir=data", "--device=cuda"], cwd=cwd,
+                            env=ENV, text=True, capture_output=True, timeout=HANG)
     assert result.returncode == 2
     complaint(result, "device", "cuda", "cpu")
 
 
 def test_more_processes_than_cards_is_one_line(cwd):
-    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    complaint(call(cwd, TRAIN, "--data_dir=data", "--device=cuda", status=2, **environment), "2 processes", "1 card")
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT="0")
+    complaint(call(cwd, TRAIN, "--data_dir=data", "--device=cuda", status=2, **environment),
+              "2 processes", "1 card")

@@ -25,15 +25,18 @@ from prepare_fineweb import get_tokenizer, open_folder
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIKITEXT = os.path.join(HERE, "..", "shared", "data", "wikitext2.parquet")
 TIKTOKEN = os.path.join(HERE, "..", "shared", "tiktoken_cache")
-needs_gpt2 = pytest.mark.skipif(not os.path.isdir(TIKTOKEN), reason="GPT-2's vocabulary is not in ../shared")
-needs_wikitext = pytest.mark.skipif(not os.path.exists(WIKITEXT), reason="../shared/data/wikitext2.parquet is not there")
+needs_gpt2 = pytest.mark.skipif(not os.path.isdir(TIKTOKEN),
+                                reason="GPT-2's vocabulary is not in ../shared")
+needs_wikitext = pytest.mark.skipif(not os.path.exists(WIKITEXT),
+                                    reason="../shared/data/wikitext2.parquet is not there")
 os.environ.update(TIKTOKEN_CACHE_DIR=TIKTOKEN) if os.path.isdir(TIKTOKEN) else None
 BYTE_META = {"tokenizer": "byte", "vocab_size": 257, "eot": 256}
 
 
 def shard_bytes(tokens, magic=20240520, version=1, count=None):
     n = len(tokens) if count is None else count
-    return struct.pack("<256i", magic, version, n, *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
+    return (struct.pack("<256i", magic, version, n, *[0] * 253)
+            + struct.pack(f"<{len(tokens)}H", *tokens))
 
 
 # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
@@ -41,9 +44,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(*args, cwd, **environment):
-    return subprocess.Popen([sys.executable, os.path.join(HERE, "prepare_fineweb.py"), *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env={**os.environ, **environment})
+    return subprocess.Popen(
+        [sys.executable, os.path.join(HERE, "prepare_fineweb.py"), *map(str, args)], cwd=cwd,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, **environment})
 
 
 def finish(process):
@@ -65,7 +69,8 @@ def refused(result, status, *words):
 
 def tokens_in(folder):
     """Tokens of every shard in order, validation first, without the help of data.py."""
-    names = sorted((n for n in os.listdir(folder) if n.endswith(".bin")), key=lambda n: ("_train_" in n, n))
+    names = sorted((n for n in os.listdir(folder) if n.endswith(".bin")),
+                   key=lambda n: ("_train_" in n, n))
     return {n: np.fromfile(os.path.join(folder, n), "<u2", offset=1024).tolist() for n in names}
 
 
@@ -86,7 +91,8 @@ def contents(folder):
 
 def test_shard_format(tmp_path):
     tokens = [1, 258, 65535, 0, 50256]
-    for given in (tokens, np.array(tokens, np.uint16), np.array(tokens), np.array(tokens[::-1])[::-1]):
+    for given in (tokens, np.array(tokens, np.uint16), np.array(tokens),
+                  np.array(tokens[::-1])[::-1]):
         write_shard(tmp_path / "a.bin", given)
         assert (tmp_path / "a.bin").read_bytes() == shard_bytes(tokens)
     got = read_shard(tmp_path / "a.bin")
@@ -119,8 +125,9 @@ def test_meta(tmp_path):
     assert read_meta(tmp_path) == {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
     (tmp_path / "meta.json").write_text(json.dumps({**BYTE_META, "source": "é"}), encoding="utf-8")
     assert read_meta(tmp_path) == {**BYTE_META, "source": "é"}
-    for bad in ("{", "[]", "{}", '{"tokenizer": "byte"}', '{"vocab_size": 257}', '{"tokenizer": 1, "vocab_size": 257}',
-                '{"tokenizer": "byte", "vocab_size": "257"}', '{"tokenizer": "byte", "vocab_size": 0}', "\x00"):
+    for bad in ("{", "[]", "{}", '{"tokenizer": "byte"}', '{"vocab_size": 257}',
+                '{"tokenizer": 1, "vocab_size": 257}', '{"tokenizer": "byte", "vocab_size": "257"}',
+                '{"tokenizer": "byte", "vocab_size": 0}', "\x00"):
         (tmp_path / "meta.json").write_text(bad)
         with pytest.raises(ValueError, match="meta.json"):
             read_meta(tmp_path)
@@ -138,14 +145,16 @@ def make_folder(folder, *lengths, split="train"):
 
 def test_batches_are_permutations(tmp_path):
     make_folder(tmp_path, 101, 100, 3, 10, 41)  # with block_size 10: 10, 9, 0, 0 and 4 sequences
-    expected = [list(range(s, s + 10)) for s in [*range(0, 100, 10), *range(1000, 1090, 10), *range(4000, 4040, 10)]]
+    expected = [list(range(s, s + 10))
+                for s in [*range(0, 100, 10), *range(1000, 1090, 10), *range(4000, 4040, 10)]]
     batches = TokenBatches(tmp_path, "train", 10, 5000, seed=3)
     assert len(batches) == 23
     inputs, targets = batches.get([0])
     targets.fill_(-1)
     assert (inputs >= 0).all()  # the two share no memory, not even those of a single sequence
     inputs, targets = batches.get(range(23 * 3))
-    assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (69, 10)
+    assert (inputs.dtype == targets.dtype == torch.int64
+            and inputs.shape == targets.shape == (69, 10))
     assert torch.equal(inputs + 1, targets) and inputs.is_contiguous() and targets.is_contiguous()
     epochs = inputs.view(3, 23, 10).tolist()
     for epoch in epochs:
@@ -154,27 +163,35 @@ def test_batches_are_permutations(tmp_path):
         assert sum(a != b for a, b in zip(shards, shards[1:])) == 2  # one shard after the other
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     for firsts in (batches.get(range(23 * 20))[0][:, 0].view(20, 23).tolist(),  # epochs, then seeds
-                   [TokenBatches(tmp_path, "train", 10, 5000, k).get(range(23))[0][:, 0].tolist() for k in range(20)]):
-        assert len({tuple(dict.fromkeys(token // 1000 for token in row)) for row in firsts}) > 1  # the shards' order, too
+                   [TokenBatches(tmp_path, "train", 10, 5000, k).get(range(23))[0][:, 0].tolist()
+                    for k in range(20)]):
+        # the shards' order, too
+        assert len({tuple(dict.fromkeys(token // 1000 for token in row)) for row in firsts}) > 1
 
     again = TokenBatches(tmp_path, "train", 10, 5000, seed=3)
-    for positions in ([68], [0, 68, 1], torch.tensor([40, 41]), np.array([22, 23])):  # no replay, whatever came before
+    # no replay, whatever came before
+    for positions in ([68], [0, 68, 1], torch.tensor([40, 41]), np.array([22, 23])):
         assert torch.equal(again.get(positions)[0], inputs[list(map(int, positions))])
-    assert not torch.equal(TokenBatches(tmp_path, "train", 10, 5000, seed=4).get(range(69))[0], inputs)
-    assert inputs[:5, 0].tolist() == [1010, 1060, 1050, 1030, 1070]  # what a resumed run relies on, in any version of numpy
+    assert not torch.equal(TokenBatches(tmp_path, "train", 10, 5000, seed=4).get(range(69))[0],
+                           inputs)
+    # what a resumed run relies on, in any version of numpy
+    assert inputs[:5, 0].tolist() == [1010, 1060, 1050, 1030, 1070]
 
 
 def test_validation_keeps_its_order(tmp_path):
     make_folder(tmp_path, 50, 31, split="val")
     batches = TokenBatches(tmp_path, "val", 10, 5000, seed=3)
     assert batches.get(range(len(batches)))[0][:, 0].tolist() == [0, 10, 20, 30, 1000, 1010, 1020]
-    with pytest.raises(FileNotFoundError, match="no train shard"):  # although _val_ and digits stand in every name
+    # although _val_ and digits stand in every name
+    with pytest.raises(FileNotFoundError, match="no train shard"):
         TokenBatches(tmp_path, "train", 10, 5000)
 
 
 @pytest.mark.parametrize("lengths, split, error, words", [
-    (None, "train", FileNotFoundError, "no such data folder"), ((), "train", FileNotFoundError, "no token shards"),
-    ((50,), "val", FileNotFoundError, "no val shard"), ((10, 5), "train", ValueError, "block_size \\+ 1 = 11")])
+    (None, "train", FileNotFoundError, "no such data folder"),
+    ((), "train", FileNotFoundError, "no token shards"),
+    ((50,), "val", FileNotFoundError, "no val shard"),
+    ((10, 5), "train", ValueError, "block_size \\+ 1 = 11")])
 def test_missing_shards(tmp_path, lengths, split, error, words):
     folder = make_folder(tmp_path, *lengths) if lengths is not None else tmp_path / "none"
     with pytest.raises(error, match=words) as e:
@@ -223,7 +240,8 @@ def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, capfd):
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capfd):
     import fcntl
     for error in (errno.ENOLCK, errno.EBADF):
-        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(error, "none")))
+        monkeypatch.setattr(fcntl, "flock",
+                            lambda *_: (_ for _ in ()).throw(OSError(error, "none")))
         assert open_folder(tmp_path / str(error)) == [None, None]
         assert capfd.readouterr().err.count("cannot be locked (none)") == 1
 
@@ -259,13 +277,15 @@ print(len(batches), opened - before, rss() - opened)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc to read its own memory")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"),
+                    reason="needs /proc to read its own memory")
 def test_memory_of_1000_shards(tmp_path):
     for k in range(1000):  # 200 GB, all holes
         with open(tmp_path / f"a_train_{k:06d}.bin", "wb") as f:
             f.write(shard_bytes([], count=10**8))
             f.truncate(1024 + 2 * 10**8)
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=HERE, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=HERE, capture_output=True,
+                          text=True, check=True)
     sequences, opening, using = map(int, done.stdout.split())
     assert sequences == 1000 * 97656
     assert opening < 20 and using < 60, (opening, using)  # MiB; a map that is kept would hold 200
@@ -279,11 +299,14 @@ def test_tokenizer(name):
     tokenizer = get_tokenizer(name)
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == {"gpt2": ("gpt2", 50257, 50256),
                                                                    "byte": ("byte", 257, 256)}[name]
-    for text in ("", "Héllo\n\n wörld 🙂", "<|endoftext|>", " " * 10**6 + "x"):  # the last crashes plain tiktoken
+    # the last crashes plain tiktoken
+    for text in ("", "Héllo\n\n wörld 🙂", "<|endoftext|>", " " * 10**6 + "x"):
         tokens = tokenizer.encode(text)
-        assert tokens.dtype == np.uint16 and tokenizer.eot not in tokens and tokenizer.decode(tokens) == text
+        assert (tokens.dtype == np.uint16 and tokenizer.eot not in tokens
+                and tokenizer.decode(tokens) == text)
     hi = tokenizer.encode("hi")
-    for padded in ([*hi, tokenizer.eot, 50257, 50303], torch.tensor([*hi.tolist(), tokenizer.eot, 50303])):
+    for padded in ([*hi, tokenizer.eot, 50257, 50303],
+                   torch.tensor([*hi.tolist(), tokenizer.eot, 50303])):
         assert tokenizer.decode(padded) == "hi<|endoftext|>"
     assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("�", "é")
     with pytest.raises(ValueError, match="gpt2, byte"):
@@ -310,7 +333,8 @@ def write_parquet(path, **columns):
 
 
 def write_corpus(folder, documents=DOCUMENTS):
-    rows = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)).encode()
+    rows = "".join(json.dumps({"id": i, "text": text}) + "\n"
+                   for i, text in enumerate(documents)).encode()
     write_parquet(folder / "a[1].parquet", id=list(range(len(documents))), text=documents)
     (folder / "b.jsonl").write_bytes(rows)
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(rows))
@@ -328,8 +352,10 @@ def test_files_to_shards(tmp_path):
     expected, folder = as_bytes(DOCUMENTS * 3 + LINES * 2), tmp_path / "data" / "mine"
     shards = tokens_in(folder)
     assert flat(folder) == expected
-    assert list(shards) == ["mine_val_000000.bin"] + [f"mine_train_{i:06d}.bin" for i in range(len(shards) - 1)]
-    assert {len(tokens) for tokens in list(shards.values())[:-1]} == {5000} and 1 <= len(list(shards.values())[-1]) <= 5000
+    assert list(shards) == ["mine_val_000000.bin"] + [
+        f"mine_train_{i:06d}.bin" for i in range(len(shards) - 1)]
+    assert ({len(tokens) for tokens in list(shards.values())[:-1]} == {5000}
+            and 1 <= len(list(shards.values())[-1]) <= 5000)
     meta = read_meta(folder)
     assert BYTE_META.items() < meta.items() and "a[1].parquet" in meta["source"]
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(expected) - 5000, 5000)
@@ -340,7 +366,8 @@ def test_files_to_shards(tmp_path):
     status, out, err = run(*command, cwd=tmp_path)
     assert status == 0 and "complete" in out and not err
     refused(run(*command, "--tokens", 9e4, cwd=tmp_path), 2, "meta.json", "tokens")
-    refused(run(*command, "--tokenizer", "gpt2", cwd=tmp_path), 2, "meta.json", "tokenizer") if os.path.isdir(TIKTOKEN) else 0
+    (refused(run(*command, "--tokenizer", "gpt2", cwd=tmp_path), 2, "meta.json", "tokenizer")
+     if os.path.isdir(TIKTOKEN) else 0)
     (folder / "meta.json").rename(tmp_path / "meta.json")
     refused(run(*command, cwd=tmp_path), 2, "mine_train_000000.bin")  # shards of unknown origin
     (tmp_path / "meta.json").rename(folder / "meta.json")
@@ -355,9 +382,11 @@ def test_gpt2_and_tokens(tmp_path):
     gpt2 = tiktoken.get_encoding("gpt2")
     texts = pyarrow.parquet.read_table(WIKITEXT)["text"].to_pylist()
     expected = [token for text in texts for token in (50256, *gpt2.encode_ordinary(text))]
-    status, _, err = run("--files", WIKITEXT, "--out", "x", "--tokens", "6e4", "--shard-tokens", 2e4, cwd=tmp_path)
+    status, _, err = run("--files", WIKITEXT, "--out", "x", "--tokens", "6e4",
+                         "--shard-tokens", 2e4, cwd=tmp_path)
     assert status == 0 and not err and flat(tmp_path / "x") == expected[:60000]
-    assert [len(tokens) for tokens in tokens_in(tmp_path / "x").values()] == [20000] * 3  # no empty shard behind them
+    # no empty shard behind them
+    assert [len(tokens) for tokens in tokens_in(tmp_path / "x").values()] == [20000] * 3
     meta = read_meta(tmp_path / "x")
     assert (meta["tokenizer"], meta["train_tokens"], meta["val_tokens"]) == ("gpt2", 40000, 20000)
 
@@ -368,14 +397,18 @@ def test_subset_and_small_text(tmp_path):
     (folder / "sample" / "10BT").mkdir(parents=True)
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: sample-10BT\n"
-        "  data_files:\n  - split: train\n    path: sample/10BT/*\ndataset_info:\n  config_name: sample-10BT\n  features:\n"
-        "  - name: text\n    dtype: string\n  - name: id\n    dtype: string\n  splits:\n  - name: train\n---\n")
+        "  data_files:\n  - split: train\n    path: sample/10BT/*\n"
+        "dataset_info:\n  config_name: sample-10BT\n  features:\n"
+        "  - name: text\n    dtype: string\n  - name: id\n    dtype: string\n"
+        "  splits:\n  - name: train\n---\n")
     for i in range(2):
-        write_parquet(folder / "sample" / "10BT" / f"{i:03d}_00000.parquet", text=DOCUMENTS[i::2], id=["x"] * 200)
+        write_parquet(folder / "sample" / "10BT" / f"{i:03d}_00000.parquet",
+                      text=DOCUMENTS[i::2], id=["x"] * 200)
     documents = DOCUMENTS[::2] + DOCUMENTS[1::2]
     total = len(as_bytes(documents))
     # a text that just fills the first shard is a small one, too
-    status, _, err = run("--tokenizer", "byte", "--shard-tokens", total, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    status, _, err = run("--tokenizer", "byte", "--shard-tokens", total, cwd=tmp_path,
+                         HF_HUB_OFFLINE="1")
     assert status == 0 and not err
     val, train = tokens_in(tmp_path / "data" / "fineweb").values()
     assert val + train == as_bytes(documents) and train[0] == 256
@@ -385,7 +418,8 @@ def test_subset_and_small_text(tmp_path):
 
 def test_small_text_keeps_one_document_each(tmp_path):
     (tmp_path / "a.txt").write_text("long " * 50 + "\nb\n")
-    assert run("--files", "a.txt", "--lines", "--tokenizer", "byte", "--out", "x", cwd=tmp_path)[0] == 0
+    assert run("--files", "a.txt", "--lines", "--tokenizer", "byte", "--out", "x",
+               cwd=tmp_path)[0] == 0
     assert list(tokens_in(tmp_path / "x").values()) == [as_bytes(["long " * 50]), as_bytes(["b"])]
 
 
@@ -441,7 +475,8 @@ def test_interrupted_and_started_again(tmp_path):
     uninterrupted = start(*command, "--out", "whole/x", cwd=tmp_path)
     folder, expected, shards = tmp_path / "x", as_bytes(documents * 3 + LINES), 0
     n = -(-len(expected) // 10**5)
-    for sign, enough in ((signal.SIGKILL, 1), (signal.SIGINT, n // 3), (signal.SIGTERM, n // 2), (signal.SIGKILL, n * 3 // 4)):
+    for sign, enough in ((signal.SIGKILL, 1), (signal.SIGINT, n // 3), (signal.SIGTERM, n // 2),
+                         (signal.SIGKILL, n * 3 // 4)):
         process = start(*command, "--out", "x", cwd=tmp_path)
         while shards < enough and process.poll() is None:
             shards = len(list(folder.glob("*.bin")))
@@ -461,8 +496,10 @@ def test_interrupted_and_started_again(tmp_path):
         shards = len(list(folder.glob("*.bin")))
         assert enough <= shards < n and not (folder / "meta.json").exists()  # in the middle
         done = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
-    assert json.loads((folder / "progress.json").read_text())["position"]["source"] >= 2  # whole files are skipped
-    refused(run(*command, "--out", "x", "--shard-tokens", "2e5", cwd=tmp_path), 2, "progress.json", "shard_tokens")
+    # whole files are skipped
+    assert json.loads((folder / "progress.json").read_text())["position"]["source"] >= 2
+    refused(run(*command, "--out", "x", "--shard-tokens", "2e5", cwd=tmp_path), 2,
+            "progress.json", "shard_tokens")
     assert run(*command, "--out", "x", cwd=tmp_path)[0] == 0
     assert finish(uninterrupted)[0] == 0
     assert contents(folder) == contents(tmp_path / "whole" / "x") and flat(folder) == expected
@@ -481,7 +518,8 @@ def kill_when(folder, shards, *command):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "a.txt", "a.jsonl.zst"])
 def test_resumed_text_is_checked(tmp_path, name):
-    """Killed again and again; then the text is another one, or shorter: one line, nothing damaged."""
+    """Killed again and again; then the text is another one, or shorter: one line, nothing
+    damaged."""
     def write(documents):
         path = tmp_path / name
         rows = [json.dumps({"text": text}) for text in documents]
@@ -525,7 +563,8 @@ def test_resumed_text_is_checked(tmp_path, name):
 
 def test_only_the_text_column_matters(tmp_path):
     rows = [{"text": f"2024-01-{i % 28 + 1:02d}", "lang": None, "n": 1} for i in range(300_000)]
-    rows += [{"text": "x", "lang": "en", "n": "one"}, {"text": "\ud83d", "lang": {}, "n": [1.5, "a"]},
+    rows += [{"text": "x", "lang": "en", "n": "one"},
+             {"text": "\ud83d", "lang": {}, "n": [1.5, "a"]},
              {"n": 2}, {"text": None}, {"text": "12:30", "n": {"deep": None}}]
     lines = "\n".join(map(json.dumps, rows)) + '\n\n{"n": ' + "9" * 5000 + ', "text": "last"}'
     assert len(lines) > 12 * 10**6
@@ -540,8 +579,8 @@ def test_only_the_text_column_matters(tmp_path):
 def test_column(tmp_path):
     import pyarrow
     texts = ["a", "b", None, "a"] * 3
-    write_parquet(tmp_path / "a.parquet", id=[1] * 12, content=pyarrow.array(texts).dictionary_encode(),
-                  text=list(range(12)))
+    write_parquet(tmp_path / "a.parquet", id=[1] * 12,
+                  content=pyarrow.array(texts).dictionary_encode(), text=list(range(12)))
     write_parquet(tmp_path / "b.parquet", content=pyarrow.array(texts, pyarrow.large_string()))
     (tmp_path / "c.jsonl").write_text('{"id": 1}\n{"content": "c", "text": 3}\n')
     (tmp_path / "d.json").write_text('[{"content": "d"}, {"content": null}]')
@@ -557,9 +596,11 @@ def test_column(tmp_path):
 def test_kinds_of_files(tmp_path):
     """Upper case, byte order marks, `::`, no rows, members one after another."""
     row = lambda text: (json.dumps({"text": text}) + "\n").encode()
-    files = {"A.JSONL": b"\xef\xbb\xbf" + row("a"), "b::c.txt": b"\xef\xbb\xbfb", "hf:::d.Txt": b"d",
+    files = {"A.JSONL": b"\xef\xbb\xbf" + row("a"), "b::c.txt": b"\xef\xbb\xbfb",
+             "hf:::d.Txt": b"d",
              "e.ndjson.GZ": gzip.compress(row("e")) + gzip.compress(row("f")),
-             "g.jsonl.zst": zstd(row("g")) + zstd(row("h")), "i.json": b"\xef\xbb\xbf \n" + b'[{"text":"i"}]',
+             "g.jsonl.zst": zstd(row("g")) + zstd(row("h")),
+             "i.json": b"\xef\xbb\xbf \n" + b'[{"text":"i"}]',
              "j.jsonl.gz": gzip.compress(b"")}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -583,41 +624,53 @@ GOOD = b'{"text": "good"}\n'
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"good\n\xff\xfe\n", "not UTF-8"), ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "not UTF-8"),
-    ("a.json", b'[{"content": "x"}]', "`text`"), ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "ended before"),
-    ("a.parquet", b"PAR1 noise PAR1", "arquet"), ("a.parquet", {"content": ["x"]}, "no `text` column"),
+    ("a.txt", b"good\n\xff\xfe\n", "not UTF-8"),
+    ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "not UTF-8"),
+    ("a.json", b'[{"content": "x"}]', "`text`"),
+    ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "ended before"),
+    ("a.parquet", b"PAR1 noise PAR1", "arquet"),
+    ("a.parquet", {"content": ["x"]}, "no `text` column"),
     ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.jsonl", b'{"text": null}\n', "need one each"),
-    ("a.jsonl", b'{"content": "x"}\n' * 2000 + GOOD, "no `text` column"), ("a.jsonl", GOOD + b"{", "JSON"),
+    ("a.jsonl", b'{"content": "x"}\n' * 2000 + GOOD, "no `text` column"),
+    ("a.jsonl", GOOD + b"{", "JSON"),
     ("a.jsonl", GOOD + b"[" * 10**5, "recursion"), ("a.jsonl", b"3\n", "must be JSON objects"),
     ("a.jsonl", GOOD + b'{"text": ["x"]}', "found ['x']"), ("a.txt.zst", b"noise", "a.txt.zst")])
 def test_bad_files(tmp_path, name, content, words):
-    write_parquet(tmp_path / name, **content) if isinstance(content, dict) else (tmp_path / name).write_bytes(content)
+    (write_parquet(tmp_path / name, **content) if isinstance(content, dict)
+     else (tmp_path / name).write_bytes(content))
     refused(run("--files", name, "--tokenizer", "byte", "--out", "x", cwd=tmp_path), 1, name, words)
     assert os.listdir(tmp_path / "x") == []
 
 
 @pytest.mark.parametrize("status, args, words", [
-    (2, ["--files", "none.txt"], ["none.txt", "no such file"]), (2, ["--files", "."], [".", "unknown kind"]),
-    (2, ["--files", "a.csv"], ["a.csv", ".parquet, .json"]), (2, ["--files", "a.parquet.gz"], ["a.parquet.gz", "unknown"]),
+    (2, ["--files", "none.txt"], ["none.txt", "no such file"]),
+    (2, ["--files", "."], [".", "unknown kind"]),
+    (2, ["--files", "a.csv"], ["a.csv", ".parquet, .json"]),
+    (2, ["--files", "a.parquet.gz"], ["a.parquet.gz", "unknown"]),
     (2, ["--files", "empty.txt"], ["empty.txt", "empty"]), (2, ["--shards", "1031"], ["1030"]),
-    (2, ["--shards", "1", "--tokenizer", "byte"], ["--tokenizer"]), (2, ["--shard-tokens", "3e9"], ["--shard-tokens"]),
+    (2, ["--shards", "1", "--tokenizer", "byte"], ["--tokenizer"]),
+    (2, ["--shard-tokens", "3e9"], ["--shard-tokens"]),
     (2, ["--files", "a.txt", "--out", "foreign"], ["b_train_000000.bin"]),
     (2, ["--shards", "1", "--out", "foreign"], ["b_train_000000.bin"]),
     (2, ["--files", "a.txt", "--out", "noise"], ["progress.json", "parse"]),
     (1, ["--files", "a.txt", "--out", "a.txt/x"], ["a.txt"])])
 def test_bad_arguments(tmp_path, status, args, words):
-    for name, content in {"a.txt": "x\ny\n", "empty.txt": "", "foreign/b_train_000000.bin": "", "noise/progress.json": "{"}.items():
+    for name, content in {"a.txt": "x\ny\n", "empty.txt": "", "foreign/b_train_000000.bin": "",
+                          "noise/progress.json": "{"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    refused(run("--tokenizer", "byte", *args, cwd=tmp_path) if "--shards" not in args else run(*args, cwd=tmp_path), status, *words)
+    refused(run("--tokenizer", "byte", *args, cwd=tmp_path) if "--shards" not in args
+            else run(*args, cwd=tmp_path), status, *words)
     assert not (tmp_path / "data").exists() and not list(tmp_path.glob("*/meta.json"))
 
 
-@pytest.mark.parametrize("args", [["--tokens", "0"], ["--tokens", "x"], ["--tokens", "nan"], ["--tokens", "inf"],
-                                  ["--tokens", "1.5"], ["--tokenizer", "x"], ["--subset", "a", "--shards", "1"]])
+@pytest.mark.parametrize("args", [
+    ["--tokens", "0"], ["--tokens", "x"], ["--tokens", "nan"], ["--tokens", "inf"],
+    ["--tokens", "1.5"], ["--tokenizer", "x"], ["--subset", "a", "--shards", "1"]])
 def test_argparse(tmp_path, args):
     status, _, err = run(*args, cwd=tmp_path)
-    assert status == 2 and "error: " in err[-1] and args[0] in err[-1] and "Traceback" not in str(err)
+    assert (status == 2 and "error: " in err[-1] and args[0] in err[-1]
+            and "Traceback" not in str(err))
 
 
 # --- the standard library ---
@@ -626,16 +679,20 @@ def test_argparse(tmp_path, args):
 def test_stdlib_by_two_processes_at_once(tmp_path):
     code = "import prepare_fineweb, sys; prepare_fineweb.prepare_stdlib(sys.argv[1])"
     for folder in ("a", "b"):
-        racing = [subprocess.Popen([sys.executable, "-c", code, tmp_path / folder / "stdlib"], cwd=HERE) for _ in range(2)]
+        racing = [subprocess.Popen([sys.executable, "-c", code, tmp_path / folder / "stdlib"],
+                                   cwd=HERE) for _ in range(2)]
         assert [process.wait(120) for process in racing] == [0, 0]
         assert os.listdir(tmp_path / folder) == ["stdlib"]
     folder = tmp_path / "a" / "stdlib"
     assert contents(folder) == contents(tmp_path / "b" / "stdlib")
-    assert list(contents(folder)) == ["meta.json", "stdlib_train_000000.bin", "stdlib_val_000000.bin"]
+    assert list(contents(folder)) == ["meta.json", "stdlib_train_000000.bin",
+                                      "stdlib_val_000000.bin"]
     documents, stdlib = {"train": set(), "val": set()}, sysconfig.get_path("stdlib")
     for parent, folders, files in os.walk(stdlib):
-        folders[:] = [f for f in folders if f not in ("test", "tests", "site-packages", "dist-packages", "__pycache__")]
-        for name in (os.path.relpath(os.path.join(parent, f), stdlib) for f in files if f.endswith(".py")):
+        folders[:] = [f for f in folders if f not in (
+            "test", "tests", "site-packages", "dist-packages", "__pycache__")]
+        for name in (os.path.relpath(os.path.join(parent, f), stdlib) for f in files
+                     if f.endswith(".py")):
             with open(os.path.join(stdlib, name), "rb") as f:
                 documents["val" if zlib.crc32(name.encode()) % 20 == 0 else "train"].add(f.read())
     meta = read_meta(folder)
@@ -653,7 +710,8 @@ def test_stdlib_by_two_processes_at_once(tmp_path):
 
 @pytest.fixture
 def hub():
-    """A hub that holds hub.files {path: bytes}; .drop and .stall name one whose first answer ends, or stops, midway."""
+    """A hub that holds hub.files {path: bytes}; .drop and .stall name one whose first answer ends,
+    or stops, midway."""
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -669,12 +727,14 @@ def hub():
                 self.send_header("ETag", f'"{zlib.crc32(content):08x}"')
                 self.send_header("X-Repo-Commit", "0123456789" * 4)
             if first:
-                self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Range",
+                                 f"bytes {first}-{len(content) - 1}/{len(content)}")
             self.end_headers()
             return (content or b"")[first:]
 
         def do_GET(self):
-            content, trouble = self.do_HEAD(), {hub.drop: "drop", hub.stall: "stall"}.pop(self.path, None)
+            content, trouble = self.do_HEAD(), {hub.drop: "drop", hub.stall: "stall"}.pop(
+                self.path, None)
             self.wfile.write(content[: len(content) // 2] if trouble else content)
             if trouble:
                 hub.drop, hub.stall = (hub.drop, None) if trouble == "stall" else (None, hub.stall)
@@ -687,7 +747,8 @@ def hub():
 
     hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     hub.daemon_threads, hub.block_on_close = True, False
-    hub.files, hub.requests, hub.drop, hub.stall, hub.stalled = {}, [], None, None, threading.Event()
+    hub.files, hub.requests, hub.drop, hub.stall, hub.stalled = (
+        {}, [], None, None, threading.Event())
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     yield hub
     hub.shutdown()
@@ -695,15 +756,18 @@ def hub():
 
 
 def fetch(hub, folder, *args, run=run):
-    return run("--shards", *args, "--out", "x", cwd=folder, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
-               HF_HOME=str(folder / "home"), NO_PROXY="127.0.0.1")
+    return run("--shards", *args, "--out", "x", cwd=folder,
+               HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(folder / "home"),
+               NO_PROXY="127.0.0.1")
 
 
 def test_shards_from_the_hub(tmp_path, hub):
     url, folder = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/", tmp_path / "x"
-    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_train_000003.bin"]
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin",
+             "fineweb_train_000003.bin"]
     # the hub's library writes 10 MiB at a time, so only a larger file can be left half done
-    hub.files = {url + name: shard_bytes(np.arange(n) % 50257) for name, n in zip(names, (11, 12 * 2**20, 13, 14))}
+    hub.files = {url + name: shard_bytes(np.arange(n) % 50257)
+                 for name, n in zip(names, (11, 12 * 2**20, 13, 14))}
     big = url + names[1]
     hub.stall = big
     process = fetch(hub, tmp_path, 2, run=start)
@@ -712,22 +776,28 @@ def test_shards_from_the_hub(tmp_path, hub):
         assert process.poll() is None
     process.kill()
     process.communicate()
-    assert sorted(os.listdir(folder)) == [".download", names[0]]  # a partial file is nowhere near the shards
+    # a partial file is nowhere near the shards
+    assert sorted(os.listdir(folder)) == [".download", names[0]]
 
     hub.requests, hub.drop = [], big
     assert fetch(hub, tmp_path, 2)[0] == 0
     ranges = [given for command, path, given in hub.requests if command == "GET" and path == big]
-    assert ranges == [None, "bytes=10485760-"]  # the hub's library starts a file anew in a new process, but not after a drop
+    # the hub's library starts a file anew in a new process, but not after a drop
+    assert ranges == [None, "bytes=10485760-"]
     assert not any(command == "GET" and names[0] in path for command, path, _ in hub.requests)
-    assert {name: (folder / name).read_bytes() for name in names[:3]} == {n: hub.files[url + n] for n in names[:3]}
+    assert ({name: (folder / name).read_bytes() for name in names[:3]}
+            == {n: hub.files[url + n] for n in names[:3]})
     assert sorted(os.listdir(folder)) == sorted([*names[:3], "meta.json"])
-    assert read_meta(folder) == {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "train_tokens": 12 * 2**20 + 13,
-                                 "val_tokens": 11, "source": "kjj0/fineweb10B-gpt2"}
+    assert read_meta(folder) == {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256,
+                                 "train_tokens": 12 * 2**20 + 13, "val_tokens": 11,
+                                 "source": "kjj0/fineweb10B-gpt2"}
 
     hub.requests = []
     os.truncate(folder / names[2], 1030)  # not whole: fetched again, the others are left alone
-    assert fetch(hub, tmp_path, 3)[0] == 0 and (folder / names[2]).read_bytes() == hub.files[url + names[2]]
-    assert {path for command, path, _ in hub.requests if command == "GET" and url in path} == {url + names[2], url + names[3]}
+    assert (fetch(hub, tmp_path, 3)[0] == 0
+            and (folder / names[2]).read_bytes() == hub.files[url + names[2]])
+    assert ({path for command, path, _ in hub.requests if command == "GET" and url in path}
+            == {url + names[2], url + names[3]})
     refused(fetch(hub, tmp_path, 2), 2, names[3])
     refused(fetch(hub, tmp_path, 104), 2, "kjj0/fineweb10B-gpt2")
 

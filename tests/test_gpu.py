@@ -93,8 +93,10 @@ finally:
 
 
 def quickstart(cwd, program=None, steps=20, **knobs):
-    """The quickstart on the shards of the tests, by a program that runs train.py, or by train.py."""
-    knobs = {**dict(max_tokens=steps * BATCH, log_interval=1, data_dir="data", out_dir="run"), **knobs}
+    """The quickstart on the shards of the tests, by a program that runs train.py, or by
+    train.py."""
+    knobs = {**dict(max_tokens=steps * BATCH, log_interval=1, data_dir="data", out_dir="run"),
+             **knobs}
     command = [sys.executable, "-c", program] if program else [sys.executable]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -127,8 +129,8 @@ def test_the_quickstart_ends_where_the_cpus_ends(place):
 
 
 def test_a_run_that_is_killed_and_resumed_is_bitwise_the_uninterrupted_one(place):
-    knobs = dict(device="cuda", checkpoint_interval=2, steps=4 if REHEARSAL else 60, eval_interval=50,
-                 dtype="float32" if REHEARSAL else "")
+    knobs = dict(device="cuda", checkpoint_interval=2, steps=4 if REHEARSAL else 60,
+                 eval_interval=50, dtype="float32" if REHEARSAL else "")
     whole = quickstart(place("whole"), DETERMINISTIC, **knobs).wait()
     folder = place("cut")
     cut = quickstart(folder, DETERMINISTIC, **knobs)
@@ -144,14 +146,16 @@ def test_a_run_that_is_killed_and_resumed_is_bitwise_the_uninterrupted_one(place
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
 def test_the_optimizer_equals_its_float64_self(dtype, tolerance, compiled):
-    """Which test_optim.py compares with Algorithm 1. Differences are relative to the way that z went."""
+    """Which test_optim.py compares with Algorithm 1. Differences are relative to the way that z
+    went."""
     def trained(device, float_dtype, ns_dtype):
         generator = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, float_dtype))
+        params = [torch.nn.Parameter(
+                      torch.randn(shape, generator=generator).to(device, float_dtype))
                   for shape in ((48, 32), (48, 32), (32, 96), (64,))]
         start = [p.detach().double().cpu() for p in params]
-        opt = SFNorMuon([{"params": params[:3]}, {"params": params[3:], "use_muon": False}], lr=0.05,
-                        warmup_steps=2, ns_dtype=ns_dtype)
+        opt = SFNorMuon([{"params": params[:3]}, {"params": params[3:], "use_muon": False}],
+                        lr=0.05, warmup_steps=2, ns_dtype=ns_dtype)
         for _ in range(4):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, float_dtype)
@@ -172,7 +176,8 @@ def test_the_optimizer_equals_its_float64_self(dtype, tolerance, compiled):
 def shards(tmp_path_factory):
     """Random GPT-2 tokens, without the tokenizer's vocabulary."""
     folder = tmp_path_factory.mktemp("gpt2")
-    tokens = np.random.default_rng(0).integers(257 if REHEARSAL else 50257, size=2**15 if REHEARSAL else 2**24)
+    tokens = np.random.default_rng(0).integers(257 if REHEARSAL else 50257,
+                                               size=2**15 if REHEARSAL else 2**24)
     write_shard(folder / "x_train_000000.bin", tokens)
     write_shard(folder / "x_val_000000.bin", tokens[:2**21])
     if REHEARSAL:
@@ -181,10 +186,12 @@ def shards(tmp_path_factory):
 
 
 def test_nothing_is_compiled_after_the_third_step(shards):
-    argv = [str(REPO / "configs/125m_sf.py"), f"--data_dir={shards}", "--n_layer=2", "--device=cuda"]
+    argv = [str(REPO / "configs/125m_sf.py"), f"--data_dir={shards}", "--n_layer=2",
+            "--device=cuda"]
     cfg = parse(argv + SMALLER * REHEARSAL)
     import train
-    model = GPT(GPTConfig(cfg.vocab_size or 50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to("cuda")
+    model = GPT(GPTConfig(cfg.vocab_size or 50304, cfg.block_size, cfg.n_layer, cfg.n_head,
+                          cfg.n_embd)).to("cuda")
     train.compile_and_checkpoint(cfg, model)
     optimizer = build_optimizer(cfg, model)
     idx = torch.randint(256, (cfg.batch_size, cfg.block_size), device="cuda")
@@ -206,9 +213,10 @@ def test_nothing_is_compiled_after_the_third_step(shards):
 
 def counted(config, *knobs):
     """Bytes, by experiments/memory.py."""
-    out = subprocess.run([sys.executable, str(REPO / "experiments/memory.py"), config, *knobs], env=ENV, text=True,
-                         capture_output=True, timeout=LIMIT, check=True).stdout
-    return 1e9 * next(float(line.split()[1]) for line in out.splitlines() if line.startswith("all "))
+    out = subprocess.run([sys.executable, str(REPO / "experiments/memory.py"), config, *knobs],
+                         env=ENV, text=True, capture_output=True, timeout=LIMIT, check=True).stdout
+    return 1e9 * next(float(line.split()[1]) for line in out.splitlines()
+                      if line.startswith("all "))
 
 
 @pytest.mark.parametrize("size,steps", [("125m", 16), ("772m", 6)])
@@ -216,11 +224,12 @@ def test_it_starts_from_its_config(tmp_path, shards, size, steps):
     config = str(REPO / f"configs/{size}_sf.py")
     smaller = SMALLER * REHEARSAL
     tokens = parse([config, *smaller]).total_batch_tokens
-    argv = [config, f"--data_dir={shards}", "--out_dir=run", f"--max_tokens={steps * tokens}", "--log_interval=1",
-            "--eval_interval=1000000", "--device=cuda", "--eval_tokens=1048576", *smaller]
+    argv = [config, f"--data_dir={shards}", "--out_dir=run", f"--max_tokens={steps * tokens}",
+            "--log_interval=1", "--eval_interval=1000000", "--device=cuda",
+            "--eval_tokens=1048576", *smaller]
     begin = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", STOPWATCH, "times.json", TRAIN, *argv], cwd=tmp_path, env=ENV,
-                            text=True, capture_output=True, timeout=LIMIT)
+    result = subprocess.run([sys.executable, "-c", STOPWATCH, "times.json", TRAIN, *argv],
+                            cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=LIMIT)
     assert result.returncode == 0, result.stderr[-3000:]
     whole = time.perf_counter() - begin
     times = json.loads((tmp_path / "times.json").read_text())
@@ -230,14 +239,16 @@ def test_it_starts_from_its_config(tmp_path, shards, size, steps):
     step, count = median(seconds[2:]), counted(config, *smaller)
     optimizer = median(times["optimizer_ms"][2:])
     TABLE.append(dict(
-        size=size, card=torch.cuda.get_device_name(), torch=torch.__version__, tokens_per_step=tokens,
-        tokens_per_second=tokens / step, mfu=median(line.get("mfu", 0) for line in log if "loss" in line),
+        size=size, card=torch.cuda.get_device_name(), torch=torch.__version__,
+        tokens_per_step=tokens, tokens_per_second=tokens / step,
+        mfu=median(line.get("mfu", 0) for line in log if "loss" in line),
         peak_gb=times["peak"] / 1e9, counted_gb=count / 1e9, compile_s=seconds[0] - step,
-        optimizer_ms=optimizer, optimizer_percent=0.1 * optimizer / step, checkpoint_s=times["checkpoint_s"],
-        command_s=whole))
+        optimizer_ms=optimizer, optimizer_percent=0.1 * optimizer / step,
+        checkpoint_s=times["checkpoint_s"], command_s=whole))
     print(f"\n{'':20}{'measured':>12}{'target':>12}")
     for name, value in TABLE[-1].items():
-        target = {"mfu": TARGETS[size], "optimizer_percent": 3, "peak_gb": count / 1e9}.get(name, "")
+        target = {"mfu": TARGETS[size], "optimizer_percent": 3, "peak_gb": count / 1e9}.get(
+            name, "")
         print(f"{name:20}{value if isinstance(value, str) else f'{value:.4g}':>12}{target:>12}")
     path = Path(os.environ.get("CARD_JSON", REPO / "experiments/results/card.json"))
     path.write_text(json.dumps(TABLE, indent=1) + "\n")
@@ -252,7 +263,8 @@ from torch.distributed.fsdp import fully_shard
 from sf_normuon import SFNorMuon, param_groups
 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 dist.init_process_group("nccl")
-model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)).to("cuda")
+model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), \
+torch.nn.Linear(64, 64, bias=False)).to("cuda")
 fully_shard(model)
 opt = SFNorMuon(param_groups(model))
 for p in model.parameters():
@@ -270,7 +282,9 @@ two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 def test_two_cards_equal_one(place):
     knobs = dict(device="cuda", eval_interval=5, steps=2 if REHEARSAL else 20, dtype="float32")
     one = quickstart(place("one"), EXACT, **knobs).wait()
-    knobs = {**dict(max_tokens=knobs.pop("steps") * BATCH, log_interval=1, data_dir="data", out_dir="run"), **knobs}
+    knobs = {**dict(max_tokens=knobs.pop("steps") * BATCH, log_interval=1, data_dir="data",
+                    out_dir="run"),
+             **knobs}
     two = Run(place("two"), QUICKSTART, command=torchrun(2), plain=True, **knobs).wait()
     assert largest_difference(two, one) < 1e-2
 
@@ -278,6 +292,6 @@ def test_two_cards_equal_one(place):
 @two_cards
 def test_the_exchange_is_an_all_to_all(tmp_path):
     (tmp_path / "profiled.py").write_text(PROFILED)
-    out = subprocess.run([*torchrun(2), "profiled.py"], cwd=tmp_path, env=ENV, text=True, capture_output=True,
-                         timeout=LIMIT, check=True).stdout
+    out = subprocess.run([*torchrun(2), "profiled.py"], cwd=tmp_path, env=ENV, text=True,
+                         capture_output=True, timeout=LIMIT, check=True).stdout
     assert "all_to_all" in out.lower() or "alltoall" in out.lower(), out

@@ -19,13 +19,15 @@ def test_model_is_arcee(small):
     transformers = pytest.importorskip("transformers")
     c = SMALL
     hf = transformers.ArceeForCausalLM(transformers.ArceeConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_head, hidden_act="relu2", max_position_embeddings=c.block_size,
-        rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)).eval()
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_head,
+        hidden_act="relu2", max_position_embeddings=c.block_size, rms_norm_eps=1e-5,
+        rope_theta=10000.0, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)).eval()
     names = {"wte.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     for i in range(c.n_layer):
-        for ours, theirs in {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp.up": "mlp.up_proj",
-                             "mlp.down": "mlp.down_proj", **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}}.items():
+        for ours, theirs in {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+                             "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+                             **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}}.items():
             names[f"blocks.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
     state = {names[k]: v for k, v in small.state_dict().items()}
     missing, unexpected = hf.load_state_dict(state, strict=False)
@@ -37,10 +39,12 @@ def test_model_is_arcee(small):
 
 
 def test_loss(small, monkeypatch):
-    """The mean over targets that are not -1, the same in chunks as in one piece, with the same gradients."""
+    """The mean over targets that are not -1, the same in chunks as in one piece, with the same
+    gradients."""
     idx, targets = torch.randint(0, 96, (2, 3, 48)).unbind()
     targets[1, 7:] = -1
-    expected = F.cross_entropy(small(idx).double().flatten(0, 1), targets.flatten(), ignore_index=-1)
+    expected = F.cross_entropy(small(idx).double().flatten(0, 1), targets.flatten(),
+                               ignore_index=-1)
     grads = torch.autograd.grad(expected, list(small.parameters()))
     for chunk, cached in ((4096, 2**20), (4096, 7 * 96), (50, 7 * 96), (1, 1)):
         monkeypatch.setattr(model_module, "CHUNK", chunk)
@@ -64,7 +68,8 @@ def test_loss_in_bfloat16(small):
         loss = model_module.linear_cross_entropy(x, W, targets.flatten(), small.cross_entropy)
         plain = F.cross_entropy(F.linear(x, W), targets.flatten())
     assert loss.dtype == torch.float32 and abs(loss - plain) < 1e-3 * plain
-    for g, h, size in zip(torch.autograd.grad(loss, (x, W)), torch.autograd.grad(plain, (x, W)), exact):
+    for g, h, size in zip(torch.autograd.grad(loss, (x, W)),
+                          torch.autograd.grad(plain, (x, W)), exact):
         assert g.dtype == torch.float32 and (g - h).norm() < 0.02 * size
 
 
@@ -80,7 +85,8 @@ def test_no_tensor_holds_all_logits(small, monkeypatch):
     x, W = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     monkeypatch.setattr(model_module, "CHUNK", 64)
     with Sizes():
-        loss = model_module.linear_cross_entropy(x, W, torch.zeros(N, dtype=torch.long), small.cross_entropy)
+        loss = model_module.linear_cross_entropy(x, W, torch.zeros(N, dtype=torch.long),
+                                                 small.cross_entropy)
         loss.backward()
     assert max(largest) == 64 * V
 
@@ -94,11 +100,13 @@ def z_loss(x, W, targets):
 
 def test_another_loss_is_one_line(small):
     """model.py with that line replaced: the model trains on the other loss."""
-    source, line = (REPO / "model.py").read_text(), "linear_cross_entropy(x, W, targets, self.cross_entropy)"
+    source, line = ((REPO / "model.py").read_text(),
+                    "linear_cross_entropy(x, W, targets, self.cross_entropy)")
     assert source.count(line) == 1
     changed = types.ModuleType("changed")
     changed.z_loss = z_loss
-    exec(compile(source.replace(line, "z_loss(x, W, targets)"), "changed.py", "exec"), changed.__dict__)
+    exec(compile(source.replace(line, "z_loss(x, W, targets)"), "changed.py", "exec"),
+         changed.__dict__)
     gpt = changed.GPT(changed.GPTConfig(**vars(SMALL)))
     gpt.load_state_dict(small.state_dict())
     idx, targets = torch.randint(0, 96, (2, 3, 48)).unbind()
@@ -126,16 +134,20 @@ def test_causal(small):
 
 
 def test_generate(small):
-    """Any length, reproducible, inside the vocabulary; temperature 0 and top_k 1 take the likeliest token."""
+    """Any length, reproducible, inside the vocabulary; temperature 0 and top_k 1 take the likeliest
+    token."""
     idx = torch.randint(0, 96, (2, 5))
-    seeded = lambda seed=0, **k: small.generate(idx, 60, generator=torch.Generator().manual_seed(seed), **k)
+    seeded = lambda seed=0, **k: small.generate(
+        idx, 60, generator=torch.Generator().manual_seed(seed), **k)
     assert seeded().shape == (2, 65) and torch.equal(seeded()[:, :5], idx)
     assert torch.equal(seeded(), seeded()) and not torch.equal(seeded(), seeded(1))
-    assert torch.equal(seeded(top_k=1), seeded(temperature=0)) and torch.equal(seeded(temperature=0), seeded(5, temperature=0))
+    assert (torch.equal(seeded(top_k=1), seeded(temperature=0))
+            and torch.equal(seeded(temperature=0), seeded(5, temperature=0)))
     assert small.generate(idx, 1, temperature=0)[0, -1] == small(idx)[0, -1].argmax()
     assert seeded(vocab_size=20, temperature=5.0)[:, 5:].max() < 20
     top = small(idx)[:, -1].topk(3).indices
-    draws = torch.cat([small.generate(idx, 1, top_k=3, temperature=3.0)[:, -1:] for _ in range(30)], 1)
+    draws = torch.cat(
+        [small.generate(idx, 1, top_k=3, temperature=3.0)[:, -1:] for _ in range(30)], 1)
     assert all({*row.tolist()} == {*allowed.tolist()} for row, allowed in zip(draws, top))
 
 
@@ -161,7 +173,8 @@ def test_sizes(config, count):
         gpt = GPT(GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     assert sum(p.numel() for p in gpt.parameters()) == count
     L, D, T = cfg.n_layer, cfg.n_embd, cfg.block_size
-    products = L * (4 * D * D + 2 * D * 4 * D + 2 * T * D) + 50304 * D  # multiply-adds per token, forward
+    # multiply-adds per token, forward
+    products = L * (4 * D * D + 2 * D * 4 * D + 2 * T * D) + 50304 * D
     assert gpt.flops_per_token() == 3 * 2 * products
     matrices = param_groups(gpt)[0]["params"]
     assert {p.shape for p in matrices} == {(D, D), (4 * D, D), (D, 4 * D)}

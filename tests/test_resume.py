@@ -12,25 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import (BATCH, LONG, SOAK, Run, alive, assert_same, assert_uninterrupted, children, driver, torchrun, tree,
-                      wait_for, wait_for_end)
+from conftest import (BATCH, LONG, SOAK, Run, alive, assert_same, assert_uninterrupted, children,
+                      driver, torchrun, tree, wait_for, wait_for_end)
 
 
 def test_resume_contract(cwd, reference):
-    """What a finished run does when it is started again: says so, goes on, refuses, or starts anew and says so."""
+    """What a finished run does when it is started again: says so, goes on, refuses, or starts anew
+    and says so."""
     shutil.copytree(reference.folder, cwd / "run")
     before = tree(cwd)
     run = Run(cwd).wait()
-    assert "finished" in run.out and not run.err and {**tree(cwd), "run/.lock": b""} == {**before, "run/.lock": b""}
-    for key, value in dict(n_layer=1, n_embd=64, optimizer="adamw", lr=0.01, seed=3, total_batch_tokens=2 * BATCH, vocab_size=512,
+    assert ("finished" in run.out and not run.err
+            and {**tree(cwd), "run/.lock": b""} == {**before, "run/.lock": b""})
+    for key, value in dict(n_layer=1, n_embd=64, optimizer="adamw", lr=0.01, seed=3,
+                           total_batch_tokens=2 * BATCH, vocab_size=512,
                            betas=(0.8, 0.95), decay_at="y").items():
         Run(cwd, **{key: value}).wait(2).complaint(key, "ckpt.pt")
     assert {**tree(cwd), "run/.lock": b""} == {**before, "run/.lock": b""}
     shutil.move(cwd / "run", cwd / "moved")
-    free = dict(out_dir="moved", max_tokens=14 * BATCH, eval_interval=7, log_interval=2, checkpoint_interval=5, batch_size=4,
-                activation_checkpointing=True)
+    free = dict(out_dir="moved", max_tokens=14 * BATCH, eval_interval=7, log_interval=2,
+                checkpoint_interval=5, batch_size=4, activation_checkpointing=True)
     run = Run(cwd, **free).wait()
-    assert "at step 12" in run.out and run.checkpoint()["step"] == 14 and run.values("loss").keys() == {*range(1, 13), 14}
+    assert ("at step 12" in run.out and run.checkpoint()["step"] == 14
+            and run.values("loss").keys() == {*range(1, 13), 14})
     longer = Run(cwd, max_tokens=14 * BATCH).wait()
     assert_same(run.checkpoint(), longer.checkpoint(), 1e-5)
     run = Run(cwd, max_tokens=2 * BATCH, resume=False).wait()
@@ -58,7 +62,8 @@ def test_log_is_cut(cwd, reference):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=SOAK)])
 def test_kill(cwd, place, kills):
-    """kill -9 at any moment, the same command again: in the end bitwise as if nothing had happened."""
+    """kill -9 at any moment, the same command again: in the end bitwise as if nothing had
+    happened."""
     long = LONG | {"max_tokens": 30 * kills * BATCH}
     seed = random.randrange(10**6)
     print("seed", seed)
@@ -74,9 +79,11 @@ def test_kill(cwd, place, kills):
     assert_uninterrupted(run, whole.wait())
 
 
-@pytest.mark.parametrize("processes, kills", [(2, 2), pytest.param(2, 20, marks=SOAK), pytest.param(3, 20, marks=SOAK)])
+@pytest.mark.parametrize("processes, kills", [
+    (2, 2), pytest.param(2, 20, marks=SOAK), pytest.param(3, 20, marks=SOAK)])
 def test_kill_torchrun(cwd, place, processes, kills):
-    """The same on several, of which torchrun is killed first (its orphans end within 5 seconds) and then a worker."""
+    """The same on several, of which torchrun is killed first (its orphans end within 5 seconds) and
+    then a worker."""
     long = LONG | {"max_tokens": 30 * kills * BATCH}
     seed = random.randrange(10**6)
     print("seed", seed)
@@ -99,7 +106,8 @@ def test_kill_torchrun(cwd, place, processes, kills):
 
 
 def test_early_end(cwd):
-    """torchrun killed while its workers still import torch: they end too. Ctrl-C at that time: no traceback."""
+    """torchrun killed while its workers still import torch: they end too. Ctrl-C at that time: no
+    traceback."""
     run = Run(cwd, command=torchrun(2), max_tokens=0)
     wait_for(lambda: len(children(run.pid)) == 2, "workers", kill=run)
     workers = children(run.pid)
@@ -125,8 +133,10 @@ def test_stop(cwd, place, number):
     if number != signal.SIGINT:  # a second one must not hurt
         os.kill(run.pid, number)
     step = run.wait().step()
-    assert run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out and "goes on" in run.out
-    short = Run(place("short"), **{**knobs, "max_tokens": step * BATCH}).wait()  # saves an evaluated model
+    assert (run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out
+            and "goes on" in run.out)
+    # saves an evaluated model
+    short = Run(place("short"), **{**knobs, "max_tokens": step * BATCH}).wait()
     assert_same(run.checkpoint(), short.checkpoint(), 1e-5, ["model", "step"])
     end = dict(max_tokens=(step + 5) * BATCH, checkpoint_interval=10**6)
     run = Run(cwd, **end).wait()
@@ -136,7 +146,8 @@ def test_stop(cwd, place, number):
 
 
 def test_a_second_interrupt_ends_at_once(cwd):
-    """Within an operation that takes minutes, where Python's own handlers would not be called; no checkpoint is harmed."""
+    """Within an operation that takes minutes, where Python's own handlers would not be called; no
+    checkpoint is harmed."""
     long = """
 import torch
 forward = torch.nn.Embedding.forward
@@ -144,7 +155,8 @@ def slow(self, idx):
     import ctypes
     if os.path.exists("slow"):
         print("sleeping", flush=True)
-        for _ in range(100):  # a C function that is called again when a signal interrupts it, as a wait for a card
+        for _ in range(100):  # a C function that is called again when a signal interrupts it, \
+as a wait for a card
             ctypes.CDLL(None).usleep(10**6 - 1)
     return forward(self, idx)
 torch.nn.Embedding.forward = slow
@@ -173,7 +185,8 @@ def test_a_run_under_nohup_stays_when_the_terminal_goes(cwd):
 
 
 def test_data_is_known_by_its_shards(cwd, place, reference, data):
-    """Another spelling and another place are the same data; other shards in the same place are not."""
+    """Another spelling and another place are the same data; other shards in the same place are
+    not."""
     more = dict(max_tokens=16 * BATCH)
     whole = Run(place("whole"), **more)
     shutil.copytree(reference.folder, cwd / "run")
@@ -185,7 +198,8 @@ def test_data_is_known_by_its_shards(cwd, place, reference, data):
     assert run.values("loss") == pytest.approx(whole.values("loss"), abs=1e-5)
     (cwd / "elsewhere/x_train_000001.bin").unlink()
     before = tree(cwd)
-    Run(cwd, data_dir="elsewhere", max_tokens=20 * BATCH).wait(2).complaint("elsewhere", "shards", "--change_data=True")
+    Run(cwd, data_dir="elsewhere", max_tokens=20 * BATCH).wait(2).complaint(
+        "elsewhere", "shards", "--change_data=True")
     assert tree(cwd) == before
     saved = run.checkpoint()
     del saved["shards"]  # an old checkpoint, whose data is known by the spelling of its place
@@ -195,7 +209,8 @@ def test_data_is_known_by_its_shards(cwd, place, reference, data):
 
 
 def test_an_older_state_is_completed_or_refused(cwd, place, reference):
-    """What was added to the groups since is filled in where its meaning is certain; another optimizer's state is refused."""
+    """What was added to the groups since is filled in where its meaning is certain; another
+    optimizer's state is refused."""
     more = dict(max_tokens=16 * BATCH)
     whole = Run(place("whole"), **more)
     shutil.copytree(reference.folder, cwd / "run")
@@ -207,11 +222,13 @@ def test_an_older_state_is_completed_or_refused(cwd, place, reference):
     torch.save(saved, cwd / "run/ckpt.pt")
     assert_same(Run(cwd, **more).wait().checkpoint(), whole.wait().checkpoint())
     groups = saved["optimizer"]["param_groups"]
-    adamw = [{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "params": g["params"]} for g in groups]
+    adamw = [{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1,
+              "params": g["params"]} for g in groups]
     for state in (dict(muon={}, adamw={}), dict(saved["optimizer"], param_groups=adamw)):
         torch.save({**saved, "optimizer": state}, cwd / "run/ckpt.pt")
         before = tree(cwd)
-        Run(cwd, max_tokens=20 * BATCH).wait(1).complaint("run/ckpt.pt", "optimizer", "--resume=False")
+        Run(cwd, max_tokens=20 * BATCH).wait(1).complaint(
+            "run/ckpt.pt", "optimizer", "--resume=False")
         assert tree(cwd) == before
 
 
@@ -224,11 +241,13 @@ def flock(file, how):
 fcntl.flock = flock
 """
     run = Run(cwd, command=[sys.executable, driver(cwd, refuse)], max_tokens=2 * BATCH).wait()
-    assert run.out.count("No locks available") == 1 and "finished" in run.out and run.checkpoint()["step"] == 2
+    assert (run.out.count("No locks available") == 1 and "finished" in run.out
+            and run.checkpoint()["step"] == 2)
 
 
 def test_a_system_without_fcntl(cwd, reference):
-    """Such as Windows: help and evaluation need no lock, and training says in one line what it needs."""
+    """Such as Windows: help and evaluation need no lock, and training says in one line what it
+    needs."""
     command = [sys.executable, driver(cwd, "sys.modules['fcntl'] = None")]
     assert "n_layer" in Run(cwd, "--help", plain=True, command=command).wait().out
     shutil.copytree(reference.folder, cwd / "run")
@@ -238,14 +257,16 @@ def test_a_system_without_fcntl(cwd, reference):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_stop_torchrun_and_resume_on_other_numbers(cwd, place, reference, number):
-    """SIGTERM or SIGHUP to torchrun: both workers save and end by themselves. 1 and 3 processes go on from there."""
+    """SIGTERM or SIGHUP to torchrun: both workers save and end by themselves. 1 and 3 processes go
+    on from there."""
     run = Run(cwd, command=torchrun(2), max_tokens=0, checkpoint_interval=10**6)
     wait_for(lambda: run.step() >= 3, "step 3", kill=run)
     workers = children(run.pid)
     os.kill(run.pid, number)
     run.wait(1)
     step = run.step()
-    assert run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out and not any(map(alive, workers))
+    assert (run.checkpoint()["step"] == step and f"stopped after step {step}" in run.out
+            and not any(map(alive, workers)))
     assert 'train.py", line' not in run.err, run.err
     if number == signal.SIGHUP:
         return
@@ -269,19 +290,23 @@ def test_two_runs_in_one_folder(background):
     os.kill(first.pid, signal.SIGTERM)
     os.kill(first.pid, signal.SIGCONT)
     step = first.wait().step()
-    assert first.checkpoint()["step"] == step and list(first.values("loss")) == list(range(1, step + 1))
+    assert (first.checkpoint()["step"] == step
+            and list(first.values("loss")) == list(range(1, step + 1)))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "other", "names", "groups", "folder"])
+@pytest.mark.parametrize("damage", [
+    "truncated", "empty", "noise", "other", "names", "groups", "folder"])
 def test_damaged_checkpoint(cwd, reference, damage):
     """One line, and nothing is touched; --resume=False goes over it."""
     (cwd / "run").mkdir()
     path, whole = cwd / "run/ckpt.pt", (reference.folder / "ckpt.pt").read_bytes()
     if damage == "other":
-        torch.save({"model": {}, "config": 3, "optimizer": {}, "step": 1, "train_time_s": 1.0}, path)
+        torch.save({"model": {}, "config": 3, "optimizer": {}, "step": 1, "train_time_s": 1.0},
+                   path)
     elif damage == "names":
         saved = reference.checkpoint()
-        torch.save({**saved, "model": {f"_orig_mod.{name}": value for name, value in saved["model"].items()}}, path)
+        torch.save({**saved, "model": {f"_orig_mod.{name}": value
+                                       for name, value in saved["model"].items()}}, path)
     elif damage == "groups":
         saved = reference.checkpoint()
         groups = saved["optimizer"]["param_groups"][:1]
@@ -289,7 +314,8 @@ def test_damaged_checkpoint(cwd, reference, damage):
     elif damage == "folder":
         path.mkdir()
     else:
-        path.write_bytes({"truncated": whole[:-len(whole) // 3], "empty": b"", "noise": random.Random(0).randbytes(99999)}[damage])
+        path.write_bytes({"truncated": whole[:-len(whole) // 3], "empty": b"",
+                          "noise": random.Random(0).randbytes(99999)}[damage])
     (cwd / "run/log.jsonl").write_text('{"step": 1}\n')
     before = tree(cwd)
     Run(cwd).wait(1).complaint("run/ckpt.pt", "--resume=False")

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import train
-from conftest import BATCH, COMPILED, REPO, Run, assert_same, driver, flat, torchrun, validation_loss, wait_for
+from conftest import (BATCH, COMPILED, REPO, Run, assert_same, driver, flat, torchrun,
+                      validation_loss, wait_for)
 from data import TokenBatches
 from model import GPT, GPTConfig
 
@@ -21,43 +22,55 @@ from model import GPT, GPTConfig
 # ---------------------------------------------------------------- runs
 
 def test_contract(reference, data):
-    """config.json, log.jsonl and ckpt.pt hold what is promised, and the model in the checkpoint is the averaged one."""
+    """config.json, log.jsonl and ckpt.pt hold what is promised, and the model in the checkpoint is
+    the averaged one."""
     cfg = json.loads((reference.folder / "config.json").read_text())
-    assert cfg.keys() == vars(train.Config()).keys() and cfg["lr"] == 0.02 and cfg["betas"] == [0.9, 0.95]
+    assert (cfg.keys() == vars(train.Config()).keys() and cfg["lr"] == 0.02
+            and cfg["betas"] == [0.9, 0.95])
     entries = reference.log()
     steps, evals = [e for e in entries if "loss" in e], [e for e in entries if "val_loss" in e]
-    assert [e["step"] for e in steps] == list(range(1, 13)) and [e["step"] for e in evals] == [4, 8, 12]
+    assert ([e["step"] for e in steps] == list(range(1, 13))
+            and [e["step"] for e in evals] == [4, 8, 12])
     for e in entries:
         assert e["tokens"] == e["step"] * BATCH
     for e in steps:
         assert e.keys() >= {"step", "tokens", "loss", "lr", "tokens_per_second"} and "mfu" not in e
         assert e["lr"] == pytest.approx(0.02 * min(1, e["step"] / 4))
-    assert evals[0]["train_time_s"] < evals[1]["train_time_s"] < evals[2]["train_time_s"] and evals[2]["rho"] > 0
+    assert (evals[0]["train_time_s"] < evals[1]["train_time_s"] < evals[2]["train_time_s"]
+            and evals[2]["rho"] > 0)
     ckpt = reference.checkpoint()
     assert ckpt.keys() >= {"model", "model_config", "optimizer", "config", "step", "tokens"}
-    assert ckpt["step"] == 12 and ckpt["tokens"] == 12 * BATCH and ckpt["config"].keys() == cfg.keys()
+    assert (ckpt["step"] == 12 and ckpt["tokens"] == 12 * BATCH
+            and ckpt["config"].keys() == cfg.keys())
     gpt = GPT(GPTConfig(**ckpt["model_config"]))
     assert gpt.config.vocab_size == 320
-    assert all(type(v) in (torch.Tensor, int, float, str, bool, type(None)) for v in flat(ckpt).values())
-    assert {k: v.shape for k, v in ckpt["model"].items()} == {k: v.shape for k, v in gpt.state_dict().items()}
+    assert all(type(v) in (torch.Tensor, int, float, str, bool, type(None))
+               for v in flat(ckpt).values())
+    assert ({k: v.shape for k, v in ckpt["model"].items()}
+            == {k: v.shape for k, v in gpt.state_dict().items()})
     loss = lambda weights: validation_loss(data, gpt, weights)
     assert loss(ckpt["model"]) == pytest.approx(evals[2]["val_loss"], abs=1e-5)
     names, state = [n for n, p in gpt.named_parameters()], ckpt["optimizer"]["state"]
     order = [n for n in names if gpt.get_parameter(n).ndim == 2 and n != "wte.weight"]
     order += [n for n in names if n not in order]
     z = {n: state[i]["z"] for i, n in enumerate(order)}
-    y = {n: ckpt["model"][n].lerp(z[n], 0.1 if gpt.get_parameter(n).ndim == 2 and n != "wte.weight" else 0.05) for n in names}
-    assert abs(loss(z) - evals[2]["val_loss"]) > 1e-3 and abs(loss(y) - evals[2]["val_loss"]) > 1e-5  # x is neither z nor y
-    assert all(x in reference.out for x in ("parameters", "tokens per step", "run/ckpt.pt", "finished"))
+    y = {n: ckpt["model"][n].lerp(
+             z[n], 0.1 if gpt.get_parameter(n).ndim == 2 and n != "wte.weight" else 0.05)
+         for n in names}
+    # x is neither z nor y
+    assert (abs(loss(z) - evals[2]["val_loss"]) > 1e-3
+            and abs(loss(y) - evals[2]["val_loss"]) > 1e-5)
+    assert all(x in reference.out
+               for x in ("parameters", "tokens per step", "run/ckpt.pt", "finished"))
     assert not list(reference.folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("n, by", [(2, "torchrun"), (3, "fork")])
 def test_processes(cwd, reference, n, by):
-    """The number of processes changes nothing but rounding, in losses, weights and optimizer state, and evaluations
-    change nothing at all, even where no checkpoint follows them."""
-    run = Run(cwd, processes=n, command=torchrun(n) if by == "torchrun" else None, checkpoint_interval=10**6,
-              env={"PYTHONIOENCODING": "ascii"}).wait()
+    """The number of processes changes nothing but rounding, in losses, weights and optimizer state,
+    and evaluations change nothing at all, even where no checkpoint follows them."""
+    run = Run(cwd, processes=n, command=torchrun(n) if by == "torchrun" else None,
+              checkpoint_interval=10**6, env={"PYTHONIOENCODING": "ascii"}).wait()
     for key in ("loss", "val_loss", "lr", "grad_norm", "rho", "alpha"):
         assert run.values(key) == pytest.approx(reference.values(key), abs=2e-5), key
     assert_same(run.checkpoint(), reference.checkpoint(), 1e-5)
@@ -79,17 +92,21 @@ train.run(train.main, sys.argv[2:])
 
 
 def test_nothing_is_compiled_after_the_first_steps(cwd):
-    """By torch's own count of compiled graphs; without the compiler's code generation, which has no part in that."""
-    run = Run(cwd, command=[sys.executable, driver(cwd, GRAPHS)], compile=True, dtype="bfloat16", max_tokens=8 * BATCH,
-              eval_interval=3, checkpoint_interval=5).wait()
+    """By torch's own count of compiled graphs; without the compiler's code generation, which has no
+    part in that."""
+    run = Run(cwd, command=[sys.executable, driver(cwd, GRAPHS)], compile=True, dtype="bfloat16",
+              max_tokens=8 * BATCH, eval_interval=3, checkpoint_interval=5).wait()
     graphs = [int(n) for n in re.findall(r"graphs (\d+)", run.out)]
-    assert len(graphs) == 8 and 0 < graphs[0] == graphs[2] and graphs[3:] == [graphs[3]] * 5  # evaluated after step 3
+    assert (len(graphs) == 8 and 0 < graphs[0] == graphs[2]
+            and graphs[3:] == [graphs[3]] * 5)  # evaluated after step 3
 
 
-CARDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
-         "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
-         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": None,
-         "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 D": 147e12, "NVIDIA GB300": None, "NVIDIA A10": None,
+CARDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+         "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989e12,
+         "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12, "NVIDIA A100-SXM4-80GB": 312e12,
+         "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": None,
+         "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 D": 147e12,
+         "NVIDIA GB300": None, "NVIDIA A10": None,
          "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None}
 
 
@@ -100,14 +117,20 @@ def test_peak_flops(name, monkeypatch):
 
 
 def test_eval_offset(cwd, place, reference):
-    """The evaluated tokens follow the skipped ones: the loss over 11 sequences is the mean of those over 5 and over 6."""
+    """The evaluated tokens follow the skipped ones: the loss over 11 sequences is the mean of those
+    over 5 and over 6."""
     knobs = dict(eval_only=True, init_from=reference.folder / "ckpt.pt", processes=2)
-    losses = [float(re.search(r"validation loss +([\d.]+)", Run(cwd, **knobs, **part).wait().out)[1]) for part in
-              (dict(eval_tokens=5 * 64), dict(eval_tokens=6 * 64, eval_offset=5 * 64), dict(eval_tokens=11 * 64))]
-    assert (5 * losses[0] + 6 * losses[1]) / 11 == pytest.approx(losses[2], abs=2e-6) and abs(losses[0] - losses[1]) > 1e-3
+    losses = [float(re.search(r"validation loss +([\d.]+)",
+                              Run(cwd, **knobs, **part).wait().out)[1])
+              for part in (dict(eval_tokens=5 * 64),
+                           dict(eval_tokens=6 * 64, eval_offset=5 * 64),
+                           dict(eval_tokens=11 * 64))]
+    assert ((5 * losses[0] + 6 * losses[1]) / 11 == pytest.approx(losses[2], abs=2e-6)
+            and abs(losses[0] - losses[1]) > 1e-3)
 
 
-@pytest.mark.parametrize("knobs", [dict(batch_size=12, activation_checkpointing=True), dict(batch_size=3), "compile"], ids=str)
+@pytest.mark.parametrize("knobs", [
+    dict(batch_size=12, activation_checkpointing=True), dict(batch_size=3), "compile"], ids=str)
 def test_what_changes_nothing_but_rounding(cwd, reference, background, knobs):
     """batch_size, activation checkpointing, compilation."""
     if knobs == "compile":
@@ -124,7 +147,8 @@ def test_what_changes_nothing_but_rounding(cwd, reference, background, knobs):
 
 N, W = 120, 10
 SCHEDULED = {  # the part of lr at step t > W
-    "constant": lambda t: 1, "linear": lambda t: (N - t) / (N - W), "wsd": lambda t: min(1, (N - t) / 24),
+    "constant": lambda t: 1, "linear": lambda t: (N - t) / (N - W),
+    "wsd": lambda t: min(1, (N - t) / 24),
     "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * (t - W) / (N - W)))}
 
 
@@ -137,14 +161,18 @@ OWN = {  # what their state must carry over a resume
 
 
 @pytest.mark.parametrize("optimizer, schedule, lr", [
-    ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.01), ("adamw", "cosine", 0.01), ("normuon", "linear", 0.03),
-    ("muon", "wsd", 0.03), ("amuse", "constant", 0.03), ("schedulefree_plus", "constant", 0.15)])
+    ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.01), ("adamw", "cosine", 0.01),
+    ("normuon", "linear", 0.03), ("muon", "wsd", 0.03), ("amuse", "constant", 0.03),
+    ("schedulefree_plus", "constant", 0.15)])
 def test_optimizers(cwd, place, data, tokens, optimizer, schedule, lr):
-    """Each learns more than the frequencies of the bytes, on a schedule that ends where it should, killed and resumed
-    without a trace, the same on two processes, and leaves the model that it evaluated."""
-    knobs = dict(optimizer=optimizer, schedule=schedule, max_tokens=N * BATCH, warmup_steps=W, lr=lr, adam_lr=0.01,
-                 n_embd=48, eval_interval=60, checkpoint_interval=20, batch_size=6) | OWN.get(optimizer, {})
-    whole, part, two = Run(cwd, **knobs), Run(place("part"), **knobs), Run(place("two"), processes=2, **knobs)
+    """Each learns more than the frequencies of the bytes, on a schedule that ends where it should,
+    killed and resumed without a trace, the same on two processes, and leaves the model that it
+    evaluated."""
+    knobs = dict(optimizer=optimizer, schedule=schedule, max_tokens=N * BATCH, warmup_steps=W,
+                 lr=lr, adam_lr=0.01, n_embd=48, eval_interval=60, checkpoint_interval=20,
+                 batch_size=6) | OWN.get(optimizer, {})
+    whole, part, two = (Run(cwd, **knobs), Run(place("part"), **knobs),
+                        Run(place("two"), processes=2, **knobs))
     for run, step in ((part, 22), (two, 22)):
         wait_for(lambda: run.step() > step, f"step {step}", kill=run)
         run.kill()
@@ -160,50 +188,61 @@ def test_optimizers(cwd, place, data, tokens, optimizer, schedule, lr):
     assert whole.values("val_loss")[N] < entropy - 0.1
     ckpt = whole.checkpoint()
     gpt = GPT(GPTConfig(**ckpt["model_config"]))
-    assert validation_loss(data, gpt, ckpt["model"]) == pytest.approx(whole.values("val_loss")[N], abs=1e-5)
+    assert validation_loss(data, gpt, ckpt["model"]) == pytest.approx(
+        whole.values("val_loss")[N], abs=1e-5)
     if "beta" in ckpt["optimizer"].get("param_groups", [{}])[0]:
-        assert all(not g["train_mode"] and g["step"] == N and g["beta"] > 0.6 for g in ckpt["optimizer"]["param_groups"])
+        assert all(not g["train_mode"] and g["step"] == N and g["beta"] > 0.6
+                   for g in ckpt["optimizer"]["param_groups"])
     assert_same(part.wait().checkpoint(), ckpt)
     rounding = 0.03 if optimizer == "muon" else 2e-4  # torch's computes in bfloat16
-    late = two.wait().values("loss")  # from step 21 on by one process; rounding grows from step to step
+    # from step 21 on by one process; rounding grows from step to step
+    late = two.wait().values("loss")
     for t in (*range(1, 11), 21, 22):
-        assert (early if t < 20 else late)[t] == pytest.approx(whole.values("loss")[t], abs=rounding * (1 if t < 20 else 10)), t
+        assert (early if t < 20 else late)[t] == pytest.approx(
+            whole.values("loss")[t], abs=rounding * (1 if t < 20 else 10)), t
 
 
 def test_grad_clip(cwd, place):
-    """The gradient is scaled to the norm grad_clip, the logged norm is that before; 0 does not clip."""
-    runs = [Run(place("clip"), optimizer="adamw", weight_decay=0, adam_weight_decay=0, lr=0.01, grad_clip=clip)
-            for clip in (1e-13, 0)]
+    """The gradient is scaled to the norm grad_clip, the logged norm is that before; 0 does not
+    clip."""
+    runs = [Run(place("clip"), optimizer="adamw", weight_decay=0, adam_weight_decay=0, lr=0.01,
+                grad_clip=clip) for clip in (1e-13, 0)]
     small, none = [run.wait().values("val_loss") for run in runs]
-    assert abs(small[12] - small[4]) < 1e-3 and none[12] < none[4] - 0.1  # below eps, AdamW stands still
-    assert runs[0].values("grad_norm")[1] == pytest.approx(runs[1].values("grad_norm")[1]) and runs[0].values("grad_norm")[1] > 0.1
+    # below eps, AdamW stands still
+    assert abs(small[12] - small[4]) < 1e-3 and none[12] < none[4] - 0.1
+    assert (runs[0].values("grad_norm")[1] == pytest.approx(runs[1].values("grad_norm")[1])
+            and runs[0].values("grad_norm")[1] > 0.1)
 
 
 def test_out_of_memory(cwd):
-    Run(cwd, batch_size=10**9, total_batch_tokens=64 * 10**9, max_tokens=0).wait(1).complaint("out of memory", "batch_size")
+    Run(cwd, batch_size=10**9, total_batch_tokens=64 * 10**9, max_tokens=0).wait(1).complaint(
+        "out of memory", "batch_size")
 
 
 def test_last_step_not_finite(cwd):
     """A model that was broken by the very last step is not announced as finished."""
-    Run(cwd, optimizer="adamw", lr=1e38, warmup_steps=0, max_tokens=BATCH).wait(1).complaint("step 1")
+    Run(cwd, optimizer="adamw", lr=1e38, warmup_steps=0, max_tokens=BATCH).wait(1).complaint(
+        "step 1")
 
 
 def test_same_batches_and_weights(cwd, reference, place):
     """Another optimizer meets the same first batch at the same weights; another seed does not."""
-    runs = [Run(place("k"), max_tokens=BATCH, **knobs) for knobs in (dict(optimizer="adamw"), dict(seed=1), dict(lr=0))]
+    runs = [Run(place("k"), max_tokens=BATCH, **knobs)
+            for knobs in (dict(optimizer="adamw"), dict(seed=1), dict(lr=0))]
     first, seed, still = [run.wait().values("loss")[1] for run in runs]
     assert first == reference.values("loss")[1] == still and seed != first
 
 
 def test_bfloat16(cwd, place):
-    """Weights, state and losses stay float32 while the products are bfloat16, on two processes as on one, and no operation
-    warns that the types of its arguments make it slow."""
+    """Weights, state and losses stay float32 while the products are bfloat16, on two processes as
+    on one, and no operation warns that the types of its arguments make it slow."""
     run = Run(cwd, dtype="bfloat16").wait()
     two = Run(place("two"), processes=2, dtype="bfloat16").wait()
     assert "Warning" not in run.err + two.err
     assert two.values("loss") == pytest.approx(run.values("loss"), abs=5e-3)
     assert two.values("loss")[1] == pytest.approx(run.values("loss")[1], abs=1e-5)
-    assert all(v.dtype == torch.float32 for k, v in flat(run.checkpoint()).items() if isinstance(v, torch.Tensor))
+    assert all(v.dtype == torch.float32 for k, v in flat(run.checkpoint()).items()
+               if isinstance(v, torch.Tensor))
     assert run.values("loss")[12] < run.values("loss")[1] - 0.5
 
 
@@ -211,11 +250,14 @@ def test_bfloat16(cwd, place):
 
 @pytest.mark.parametrize("lr", [1e12, 1e30])
 def test_not_finite(cwd, lr):
-    """The run stops at the step whose loss is not finite, and no checkpoint with such weights is left."""
-    run = Run(cwd, lr=lr, grad_clip=0, warmup_steps=0, optimizer="sf_adamw", checkpoint_interval=1).wait((1, 2))
+    """The run stops at the step whose loss is not finite, and no checkpoint with such weights is
+    left."""
+    run = Run(cwd, lr=lr, grad_clip=0, warmup_steps=0, optimizer="sf_adamw",
+              checkpoint_interval=1).wait((1, 2))
     run.complaint("step 2" if lr == 1e12 else "")
     if (run.folder / "ckpt.pt").exists():
-        assert all(torch.isfinite(v).all() for v in flat(run.checkpoint()).values() if isinstance(v, torch.Tensor))
+        assert all(torch.isfinite(v).all() for v in flat(run.checkpoint()).values()
+                   if isinstance(v, torch.Tensor))
     assert all(math.isfinite(v) for e in run.log() for v in e.values())
     assert "NaN" not in (run.folder / "log.jsonl").read_text()
 
@@ -223,7 +265,8 @@ def test_not_finite(cwd, lr):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_token_beyond_the_vocabulary(cwd, reference, data, tokens, processes, split):
-    """Shard and vocab_size are named when it is met, by whichever process that is; the checkpoint before it stays."""
+    """Shard and vocab_size are named when it is met, by whichever process that is; the checkpoint
+    before it stays."""
     batches = TokenBatches(str(data), split, 64, 320, 0)
     position = 6 * 12 + (2 if split == "train" else 0)  # step 7, a sequence of rank 1 of 2
     shard, sequence = batches.locate(position if split == "train" else 2)
@@ -236,7 +279,8 @@ def test_token_beyond_the_vocabulary(cwd, reference, data, tokens, processes, sp
     run = Run(cwd, processes=processes).wait(1)
     if processes == 1:
         run.complaint(path.name, "999", "vocab_size 320")
-    assert re.search(rf"^train.py: .*{path.name}.*999.*vocab_size 320", run.err, re.M) and "Traceback" not in run.err, run.err
+    assert (re.search(rf"^train.py: .*{path.name}.*999.*vocab_size 320", run.err, re.M)
+            and "Traceback" not in run.err), run.err
     if split == "train":
         assert run.checkpoint()["step"] == 4 and run.step() == 6
 
@@ -279,7 +323,8 @@ def test_nobody_waits_for_a_process_that_cannot_gather(cwd):
     run = Run(cwd, command=[*torchrun(2), driver(cwd, BROKEN)], max_tokens=BATCH)
     wait_for(lambda: not run.running(), "the end", 60)
     run.wait(1)
-    assert re.search("^train.py: out of memory.*1 GiB", run.err, re.M) and 'train.py", line' not in run.err, run.err
+    assert (re.search("^train.py: out of memory.*1 GiB", run.err, re.M)
+            and 'train.py", line' not in run.err), run.err
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -305,7 +350,8 @@ def small_disk(cwd):
     """A file system of its own, of 1 MB."""
     disk = cwd / "disk"
     disk.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk],
+                                     capture_output=True).returncode:
         pytest.skip("needs root and mount")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -333,9 +379,11 @@ def test_small_disk(cwd, small_disk, reference):
 # ---------------------------------------------------------------- the first command
 
 def test_quickstart(tmp_path):
-    """From nothing to a sample; two at once make the data together; any other folder must be there."""
-    argv = [str(REPO / "configs/quickstart.py"), "--n_layer=1", "--block_size=128", "--batch_size=6", "--total_batch_tokens=1536",
-            "--max_tokens=6144", "--eval_tokens=2048"]
+    """From nothing to a sample; two at once make the data together; any other folder must be
+    there."""
+    argv = [str(REPO / "configs/quickstart.py"), "--n_layer=1", "--block_size=128",
+            "--batch_size=6", "--total_batch_tokens=1536", "--max_tokens=6144",
+            "--eval_tokens=2048"]
     runs = [Run(tmp_path, *argv, plain=True, out_dir="a", device="cpu"),
             Run(tmp_path, *argv, plain=True, processes=2, out_dir="b", device="cpu")]
     for run in runs:
@@ -343,4 +391,5 @@ def test_quickstart(tmp_path):
         assert run.step() == 4
     assert runs[0].values("loss") == pytest.approx(runs[1].values("loss"), abs=2e-5)
     assert {p.name for p in (tmp_path / "data").iterdir()} == {"stdlib"}
-    assert {p.name for p in (tmp_path / "data/stdlib").iterdir()} == {"meta.json", "stdlib_train_000000.bin", "stdlib_val_000000.bin"}
+    assert ({p.name for p in (tmp_path / "data/stdlib").iterdir()}
+            == {"meta.json", "stdlib_train_000000.bin", "stdlib_val_000000.bin"})
