@@ -214,13 +214,13 @@ def start(args) -> None:
 # ---- data, evaluation, checkpoints
 
 def loop(args) -> None:
-    layers, heads, width = SIZES[args.size]
+    _, heads, width = SIZES[args.size]
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
         for split in ("train", "val"):
             random = np.random.default_rng(0).integers(50257, size=10**7)
             write_shard(f"{folder}/x_{split}_000000.bin", random)
-        cfg = Config(data_dir=folder, out_dir=folder, n_layer=layers, n_head=heads, n_embd=width,
-                     batch_size=1, eval_tokens=1024, total_batch_tokens=1024, dtype=args.dtype,
+        cfg = Config(data_dir=folder, out_dir=folder, n_layer=args.layers, n_head=heads,
+                     n_embd=width, batch_size=1, eval_tokens=1024, total_batch_tokens=1024, dtype=args.dtype,
                      compile=False)
         train_data, val_data, _, vocab_size = train.open_data(cfg)
         model = train.build_model(cfg, vocab_size)
@@ -254,8 +254,8 @@ def loop(args) -> None:
             "evaluation, 1024 tokens": lambda: evaluate(cfg, model, val_data),
             "a checkpoint": saving, "a plain write of as many bytes": writing},
             args.rounds, waits=True)
-        table(f"The loop at {args.size}, {args.dtype}, {where()}", ["", "seconds"],
-              [[*row] for row in times.items()])
+        table(f"The loop at {args.size}, {args.layers} layers, {args.dtype}, {where()}",
+              ["", "seconds"], [[*row] for row in times.items()])
         whole = Config()
         parts, evaluated = whole.total_batch_tokens / 1024, whole.eval_tokens / 1024
         step_time = times["gradient, 1024 tokens"] * parts + times["optimizer"]
@@ -277,13 +277,13 @@ def main() -> None:
     add, parts = parser.add_argument, dict(step=step, train=train_step, start=start, loop=loop)
     add("what", choices=parts)
     add("--size", choices=("125m", "772m"), default="125m")
-    add("--layers", type=int, default=0, help="default: all on a GPU, 2 on a CPU")
+    add("--layers", type=int, default=0, help="default: all on a GPU or for loop, else 2")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if CUDA else "float32")
     add("--tokens", type=int, default=16384 if CUDA else 2048, help="of a step of training")
     add("--rounds", type=int, default=12)
     add("--disk", help="folder in which checkpoints are written (loop)")
     args = parser.parse_args()
-    args.layers = args.layers or (SIZES[args.size][0] if CUDA else 2)
+    args.layers = args.layers or (SIZES[args.size][0] if CUDA or args.what == "loop" else 2)
     parts[args.what](args)
 
 

@@ -35,7 +35,8 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, batch_size=2, total_b
             max_tokens=12 * BATCH, lr=0.02, warmup_steps=4, grad_clip=0.5, eval_interval=4,
             log_interval=1, checkpoint_interval=4, eval_tokens=11 * 64, device="cpu",
             compile=False, data_dir="data", out_dir="run")
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+PATH = ":".join(filter(None, [str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH")]))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 HANG = 120  # seconds: far more than anything here takes
 
 

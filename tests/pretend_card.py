@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 MEMORY = 85_000_000_000  # bytes of an H100
-STREAM = SimpleNamespace(synchronize=lambda: None, device_type="cuda")
+STREAM = SimpleNamespace(synchronize=lambda: None, is_capturing=lambda: False, device_type="cuda")
 
 
 class AfterTorch(importlib.abc.MetaPathFinder):
@@ -124,6 +124,7 @@ def pretend(torch):
             is_current_stream_capturing=lambda: False, current_stream=lambda device=None: STREAM,
             stream=lambda stream: contextlib.nullcontext()).items():
         setattr(cuda, name, value)
+    torch.accelerator.current_stream = cuda.current_stream
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda device="cuda": torch.get_rng_state()
         module.get_rng_state_all = lambda: [torch.get_rng_state()]

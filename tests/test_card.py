@@ -114,12 +114,16 @@ def test_two_processes_take_a_card_each(cwd, log, place):
 
 # ---------------------------------------------------------------- the other programs
 
-def test_evaluation_sampling_and_export_work_on_a_card(trained):
+def test_evaluation_and_sampling_work_on_a_card(trained):
     evaluated = Run(trained.cwd, "--eval_only", command=H100, device="cuda",
                     eval_interval=10).wait()
     assert "validation loss" in evaluated.out
     assert call(trained.cwd, REPO / "sample.py", trained.folder, "--tokens=3",
                 "--prompt=def").stdout.startswith("def")
+
+
+def test_export_works_on_a_card(trained):
+    pytest.importorskip("transformers")
     call(trained.cwd, REPO / "export_hf.py", trained.folder / "ckpt.pt", trained.cwd / "hf")
     assert (trained.cwd / "hf/config.json").exists()
 
@@ -173,6 +177,16 @@ def test_fsdp2_takes_the_card_of_its_local_rank(tmp_path, log, nodes):
             cwd=tmp_path, env=environment))
     assert [process.wait(HANG * 5) for process in processes] == [0, 0]
     assert cards_taken(log) == ({0: {0}} if nodes == 2 else {0: {0}, 1: {1}})
+
+
+def test_the_acceptance_run_is_rehearsed(tmp_path):
+    """tests/test_gpu.py from its first line to its last, smaller and on the pretend card."""
+    out = call(REPO, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu",
+               REPO / "tests/test_gpu.py", CARD_JSON=str(tmp_path / "card.json"), REHEARSAL="1",
+               TORCH_COMPILE_DISABLE="1").stdout
+    assert "11 passed, 2 skipped" in out
+    rows = json.loads((tmp_path / "card.json").read_text())
+    assert [row["size"] for row in rows] == ["125m", "772m"]
 
 
 # ---------------------------------------------------------------- bad input

@@ -5,7 +5,8 @@
 Needs torch, numpy, tqdm and pytest, no network. The table is printed and written to $CARD_JSON, by
 default experiments/results/card.json. REHEARSAL=1 shrinks everything to what a CPU can do:
 
-    REHEARSAL=1 CARD_JSON=card.json python tests/pretend_card.py -m pytest -m gpu tests/test_gpu.py
+    REHEARSAL=1 TORCH_COMPILE_DISABLE=1 CARD_JSON=card.json \
+        python tests/pretend_card.py -m pytest -m gpu tests/test_gpu.py
 """
 import json
 import os
@@ -153,7 +154,7 @@ def test_the_optimizer_equals_its_float64_self(dtype, tolerance, compiled):
         params = [torch.nn.Parameter(
                       torch.randn(shape, generator=generator).to(device, float_dtype))
                   for shape in ((48, 32), (48, 32), (32, 96), (64,))]
-        start = [p.detach().double().cpu() for p in params]
+        start = [p.detach().double().cpu().clone() for p in params]
         opt = SFNorMuon([{"params": params[:3]}, {"params": params[3:], "use_muon": False}],
                         lr=0.05, warmup_steps=2, ns_dtype=ns_dtype)
         for _ in range(4):
