@@ -196,18 +196,16 @@ class ScheduleFreePlus(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = begin_step(self, closure)
-        moving = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in (p for p in params if not self.state.get(p)):
-                self.state[p].update(z=p.detach().clone(), exp_avg=torch.zeros_like(p),
-                                     exp_avg_sq=torch.zeros_like(p))
-            if params and group["lr"] != 0:
-                moving.append((group, params))
+        given = [(group, [p for p in group["params"] if p.grad is not None])
+                 for group in self.param_groups]
+        moving = [(group, params) for group, params in given if params and group["lr"] != 0]
+        if moving and loss is None:
+            raise ValueError("ScheduleFreePlus needs the loss: give step() a closure for it")
+        for p in (p for _, params in given for p in params if not self.state.get(p)):
+            self.state[p].update(z=p.detach().clone(), exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
         if not moving:
             return loss
-        if loss is None:
-            raise ValueError("ScheduleFreePlus needs the loss: give step() a closure for it")
         polyak_step, gradient_sum = self._polyak(float(loss), moving)
         for group, params in moving:
             group["gradient_sum"] = gradient_sum

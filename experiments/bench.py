@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -149,23 +150,29 @@ def train_step(args) -> None:
                      total_batch_tokens=args.tokens, compile=CUDA, warmup_steps=10)
         names = ["model.py, AdamW", "transformers, AdamW", "nanoGPT's manner, AdamW",
                  "model.py, SFNorMuon"]
+        if not find_spec("transformers"):
+            print(f"without {names.pop(1)}: transformers is not installed")
         rows = []
         for together in [[name] for name in names] if CUDA else [names]:  # a card may hold only one
             workers, spawn = {}, get_context("spawn")
             for name in together:
                 workers[name], theirs = spawn.Pipe()
                 spawn.Process(target=contender, args=(name, cfg, theirs), daemon=True).start()
+                theirs.close()  # so that recv() notices when the contender dies
 
             def ask(name, what):
-                workers[name].send(what)
-                return workers[name].recv()
+                try:
+                    workers[name].send(what)
+                    return workers[name].recv()
+                except (EOFError, OSError):
+                    sys.exit(f"bench.py: {name} failed, see above")
             times = {name: [] for name in together}
             for _ in range(args.rounds + 2):
                 for name in together:
                     times[name].append(ask(name, "step"))
             rows += [[name, args.tokens / median(times[name][2:]), ask(name, "end") / 1e9]
                      for name in together]
-        best = max(row[1] for row in rows[1:3])
+        best = max(speed for name, speed, _ in rows if not name.startswith("model.py"))
         table(f"A step of {args.tokens} tokens at {args.size}, {args.layers} layers, {args.dtype}, "
               f"{where()}",
               ["", "tokens/s", "of the better peer's", "peak memory, GB"],
