@@ -311,7 +311,10 @@ def open_folder(out, **arguments):
 
     Refused if either says that the folder was made with other arguments.
     """
-    import fcntl  # here: who only imports a tokenizer may lack it (Windows)
+    try:
+        import fcntl  # here: who only imports a tokenizer may lack it (Windows)
+    except ImportError:
+        raise OSError("needs Linux or macOS: this system cannot lock the folder") from None
 
     os.makedirs(out, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
