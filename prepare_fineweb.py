@@ -165,12 +165,14 @@ def read_json(file, place, column):
     for at, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"rows must be JSON objects, found {row!r:.40}")
-        found, without = found or column in row, without + 1
+        found = found or column in row
         if found:
+            yield from ((at, None) for _ in range(without))
             yield at, row.get(column)
-        elif without == 1000:
+        without = 0 if found else without + 1
+        if without == 1000:
             break
-    if without and not found:
+    if without:
         raise no_column(column, row)
 
 

@@ -582,12 +582,12 @@ def test_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", id=[1] * 12,
                   content=pyarrow.array(texts).dictionary_encode(), text=list(range(12)))
     write_parquet(tmp_path / "b.parquet", content=pyarrow.array(texts, pyarrow.large_string()))
-    (tmp_path / "c.jsonl").write_text('{"id": 1}\n{"content": "c", "text": 3}\n')
+    (tmp_path / "c.jsonl").write_text('{"id": 1}\n' * 2 + '{"content": "c", "text": 3}\n')
     (tmp_path / "d.json").write_text('[{"content": "d"}, {"content": null}]')
     files = ["a.parquet", "b.parquet", "c.jsonl", "d.json"]
     command = ["--files", *files, "--tokenizer", "byte", "--out", "x"]
     status, out, _ = run(*command, "--column", "content", cwd=tmp_path)
-    assert status == 0 and "7 rows whose `content` is null were skipped" in out
+    assert status == 0 and "9 rows whose `content` is null were skipped" in out
     assert flat(tmp_path / "x") == as_bytes(["a", "b", "a"] * 6 + ["c", "d"])
     refused(run(*command[:2], *command[5:], "--out", "y", "--column", "c", cwd=tmp_path), 1,
             "no `c` column", "content")
