@@ -230,6 +230,7 @@ def test_export(finished, tmp_path, call, name):
         assert theirs.decode(ids) == text
     assert theirs.decode([tokenizer.eot]) == "<|endoftext|>"
     card = (tmp_path / "a/out/README.md").read_text()
+    assert "transformers >= 4.53" in card  # older ones know no Arcee
     assert (f"{sum(p.numel() for p in gpt.parameters()):,}" in card
             and f"{saved['tokens']:,}" in card)
     assert ('"optimizer": "sf_normuon"' in card
