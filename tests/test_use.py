@@ -285,6 +285,16 @@ def test_reading_needs_no_lock(finished, tmp_path):
     assert result.returncode == 0 and (tmp_path / "out/model.safetensors").exists(), result.stderr
 
 
+def test_reports_need_no_sigpipe():
+    """Which Windows lacks."""
+    code = ("import runpy, signal, sys; del signal.SIGPIPE; sys.argv = ['compare.py', '--help'];"
+            "runpy.run_path('experiments/compare.py', run_name='__main__')")
+    env = {**ENV, "PYTHONPATH": f"{REPO / 'experiments'}:{ENV['PYTHONPATH']}"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, text=True,
+                            capture_output=True, timeout=100)
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr
+
+
 def test_preparing_text_without_a_lock_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     result = without("fcntl", "prepare_fineweb.py", "--files", tmp_path / "a.txt",
