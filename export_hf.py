@@ -91,9 +91,10 @@ def model_card(run, model, saved):
         figures["perplexity"] = f"{math.exp(min(e['val_loss'], 700)):.2f}"
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     knobs = json.dumps({key: value for key, value in cfg.items() if key != "out_dir"}, indent=1)
-    return (f"{CARD}# {name}\n\nIn training, every document follows the token `<|endoftext|>`: "
-            f"start a text with it.\n\n| | |\n|---|---|\n{rows}\n\nThe configuration of the run:"
-            f"\n\n```json\n{knobs}\n```\n")
+    return (f"{CARD}# {name}\n\nNeeds transformers >= 4.53. In training, every document follows "
+            "the token `<|endoftext|>`: start a text with it.\n\n"
+            f"| | |\n|---|---|\n{rows}\n\n"
+            f"The configuration of the run:\n\n```json\n{knobs}\n```\n")
 
 
 def main():

@@ -165,12 +165,14 @@ def read_json(file, place, column):
     for at, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"rows must be JSON objects, found {row!r:.40}")
-        found, without = found or column in row, without + 1
+        found = found or column in row
         if found:
+            yield from ((at, None) for _ in range(without))
             yield at, row.get(column)
-        elif without == 1000:
+        without = 0 if found else without + 1
+        if without == 1000:
             break
-    if without and not found:
+    if without:
         raise no_column(column, row)
 
 
@@ -311,7 +313,10 @@ def open_folder(out, **arguments):
 
     Refused if either says that the folder was made with other arguments.
     """
-    import fcntl  # here: who only imports a tokenizer may lack it (Windows)
+    try:
+        import fcntl  # here: who only imports a tokenizer may lack it (Windows)
+    except ImportError:
+        raise OSError("needs Linux or macOS: this system cannot lock the folder") from None
 
     os.makedirs(out, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
@@ -517,8 +522,9 @@ def main():
                               "the first also .gz or .zst")
             if not os.path.isfile(path) or not os.path.getsize(path):
                 raise Refused(f"{path}: {'is empty' if os.path.isfile(path) else 'no such file'}")
-        what = {"source": " ".join(args.files or (FINEWEB, args.subset)), "lines": args.lines,
-                "column": args.column, "tokens": args.tokens, "shard_tokens": args.shard_tokens}
+        source = map(os.path.abspath, args.files) if args.files else (FINEWEB, args.subset)
+        what = {"source": " ".join(source), "lines": args.lines, "column": args.column,
+                "tokens": args.tokens, "shard_tokens": args.shard_tokens}
         known = args.tokenizer == "gpt2" and not args.files
         prepare(args.out, lambda: args.files or list_subset(args.subset), what,
                 get_tokenizer(args.tokenizer), args.processes,

@@ -59,14 +59,18 @@ def save(path: Path, tree) -> None:
 
 
 def write_crcs(file, crcs: dict[int, int]) -> None:
-    """Puts the checksum of the data at each offset into the zip archive's two headers of it."""
+    """Puts the checksum of the data at each offset where the zip archive keeps it: behind the data,
+    for readers that stream, or else before it; and in the directory at the end.
+    """
     with zipfile.ZipFile(file.name) as archive, open(file.name, "rb") as written:
         place = archive.start_dir
         for entry in archive.infolist():
             written.seek(entry.header_offset + 26)
             offset = entry.header_offset + 30 + sum(struct.unpack("<HH", written.read(4)))
-            for header in (entry.header_offset + 14, place + 16) if offset in crcs else ():
-                file.seek(header)
+            behind = offset + entry.file_size + 4
+            first = behind if entry.flag_bits & 8 else entry.header_offset + 14
+            for copy in (first, place + 16) if offset in crcs else ():
+                file.seek(copy)
                 file.write(struct.pack("<I", crcs[offset]))
             place += 46 + len(entry.orig_filename) + len(entry.extra) + len(entry.comment)
 

@@ -266,7 +266,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends any command
+    if hasattr(signal, "SIGPIPE"):  # not on Windows. `| head` ends it as it ends any command
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         main()
     except Refused as e:

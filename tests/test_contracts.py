@@ -162,6 +162,21 @@ def test_a_model_that_changed_its_dtype_is_refused_first(cls, dtype):
 
 
 @all_classes
+def test_a_state_on_another_device_is_refused_first(cls):
+    """As after model.to("cuda") with the state of a run on the CPU."""
+    weights, grads = draw(SHAPES, 1)
+    params, opt = make(weights, cls, **ALL_KNOBS[cls])
+    step(opt, params, grads[0])
+    for name, value in opt.state[params[1]].items():
+        opt.state[params[1]][name] = value.to("meta")
+    before, groups = copies(params), copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=r"\(6, 4\).*meta"):
+        step(opt, params, grads[0])
+    same(params, before)
+    assert opt.state_dict()["param_groups"] == groups
+
+
+@all_classes
 def test_a_model_in_float16_is_refused_first(cls):
     """model.half() after the optimizer was made: one gradient of 0 would make all weights NaN."""
     weights, grads = draw(SHAPES, 1, F16)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_fineweb
 from data import TokenBatches, read_meta, read_shard, write_shard
 from prepare_fineweb import get_tokenizer, open_folder
 
@@ -455,6 +456,18 @@ def test_long_blanks_have_the_tokens_of_the_whole():
             assert gpt2.encode(text).tolist() == whole(text), (blanks, n)
 
 
+@needs_gpt2
+@pytest.mark.parametrize("unit", ["word and. ", " " * 99999 + "x", "\n" * 50000 + "x", "a", "=",
+                                  "-=", "7", "\u6f22", "\U0001f642"], ids=lambda u: repr(u[:9]))
+def test_no_text_is_slow(unit):
+    """At least 0.26 MB a second; 2 to 13 were seen here, and once 0.02 for runs of blanks."""
+    tokenizer, text = get_tokenizer("gpt2"), (unit * (2**18 // len(unit) + 1))[:2**18]
+    tokenizer.encode("a")
+    begin = time.process_time()
+    assert len(tokenizer.encode(text)) > 1000
+    assert time.process_time() - begin < 1
+
+
 def processes_of(session):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -505,6 +518,29 @@ def test_interrupted_and_started_again(tmp_path):
     assert contents(folder) == contents(tmp_path / "whole" / "x") and flat(folder) == expected
     kept = [name for name, when in done.items() if (folder / name).stat().st_mtime_ns == when]
     assert len(kept) >= len(done) - 1  # what was complete is not written again
+
+
+def test_files_of_the_hub_are_read_from_a_place(tmp_path, monkeypatch):
+    """The place is ours. datasets, whose own was wrong in version 5.0.0, only lists the files."""
+    import huggingface_hub
+
+    class Hub:
+        def open(self, path):
+            return open(tmp_path / path.removeprefix("hf://datasets/x/"), "rb")
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
+    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 5000)
+    texts = [text if i % 7 else None for i, text in enumerate(DOCUMENTS)]
+    write_parquet(tmp_path / "a.parquet", text=texts)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    files = [f"hf://datasets/x/{name}" for name in ("a.parquet", "b.jsonl", "a.parquet")]
+    read = lambda position: list(prepare_fineweb.read_batches(files, "text", False, position))
+    whole = read({"source": 0, "place": 0, "nulls": 0})
+    kept = [text for text in texts * 3 if text is not None]
+    assert [text for _, batch in whole for _, text in batch] == kept and len(whole) > 20
+    assert whole[-1][0]["nulls"] == 3 * len(texts) - len(kept)
+    for i, (position, _) in enumerate(whole):
+        assert read(position) == whole[i:]
 
 
 def kill_when(folder, shards, *command):
@@ -561,6 +597,16 @@ def test_resumed_text_is_checked(tmp_path, name):
         refused(run(*command, *more, cwd=tmp_path), 2, "meta.json", more[0][2:])
 
 
+def test_a_file_is_the_same_however_it_is_spelled(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.txt", "b/a.txt"):
+        (tmp_path / name).write_text(name)
+    command = ["--tokenizer", "byte", "--out", tmp_path / "x", "--files"]
+    for cwd, name in (tmp_path, "a.txt"), (tmp_path / "b", "../a.txt"), ("/", tmp_path / "a.txt"):
+        assert run(*command, name, cwd=cwd)[0] == 0
+    refused(run(*command, "a.txt", cwd=tmp_path / "b"), 2, "meta.json", "source")
+
+
 def test_only_the_text_column_matters(tmp_path):
     rows = [{"text": f"2024-01-{i % 28 + 1:02d}", "lang": None, "n": 1} for i in range(300_000)]
     rows += [{"text": "x", "lang": "en", "n": "one"},
@@ -582,12 +628,12 @@ def test_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", id=[1] * 12,
                   content=pyarrow.array(texts).dictionary_encode(), text=list(range(12)))
     write_parquet(tmp_path / "b.parquet", content=pyarrow.array(texts, pyarrow.large_string()))
-    (tmp_path / "c.jsonl").write_text('{"id": 1}\n{"content": "c", "text": 3}\n')
+    (tmp_path / "c.jsonl").write_text('{"id": 1}\n' * 2 + '{"content": "c", "text": 3}\n')
     (tmp_path / "d.json").write_text('[{"content": "d"}, {"content": null}]')
     files = ["a.parquet", "b.parquet", "c.jsonl", "d.json"]
     command = ["--files", *files, "--tokenizer", "byte", "--out", "x"]
     status, out, _ = run(*command, "--column", "content", cwd=tmp_path)
-    assert status == 0 and "7 rows whose `content` is null were skipped" in out
+    assert status == 0 and "9 rows whose `content` is null were skipped" in out
     assert flat(tmp_path / "x") == as_bytes(["a", "b", "a"] * 6 + ["c", "d"])
     refused(run(*command[:2], *command[5:], "--out", "y", "--column", "c", cwd=tmp_path), 1,
             "no `c` column", "content")

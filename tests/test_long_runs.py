@@ -6,10 +6,12 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +241,22 @@ def test_a_checkpoint_is_written_tensor_by_tensor(tmp_path, monkeypatch):
     assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
     assert all(entry.CRC for entry in zipfile.ZipFile(tmp_path / "a.pt").infolist()
                if entry.file_size)
+
+
+def test_every_copy_of_a_checksum_is_right(tmp_path):
+    """A reader that streams cannot look at the directory at the end; it finds a copy behind the
+    data."""
+    state.save(tmp_path / "a.pt", {"w": torch.randn(5, 7), "b": torch.randn(3).bfloat16()})
+    raw = (tmp_path / "a.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        entries = archive.infolist()
+    assert len([entry for entry in entries if "/data/" in entry.filename]) == 2
+    for entry in entries:
+        lengths = struct.unpack("<HH", raw[entry.header_offset + 26:][:4])
+        first = entry.header_offset + 30 + sum(lengths)
+        end = first + entry.file_size
+        behind = struct.pack("<I", zlib.crc32(raw[first:end]))
+        assert entry.flag_bits & 8 and raw[end:end + 8] == b"PK\x07\x08" + behind, entry
 
 
 def test_a_thousand_shards(tmp_path):

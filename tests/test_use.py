@@ -230,6 +230,7 @@ def test_export(finished, tmp_path, call, name):
         assert theirs.decode(ids) == text
     assert theirs.decode([tokenizer.eot]) == "<|endoftext|>"
     card = (tmp_path / "a/out/README.md").read_text()
+    assert "transformers >= 4.53" in card  # older ones know no Arcee
     assert (f"{sum(p.numel() for p in gpt.parameters()):,}" in card
             and f"{saved['tokens']:,}" in card)
     assert ('"optimizer": "sf_normuon"' in card
@@ -282,6 +283,25 @@ def test_reading_needs_no_lock(finished, tmp_path):
     assert result.returncode == 0 and result.stdout, result.stderr
     result = without("fcntl", "export_hf.py", finished.folder, tmp_path / "out")
     assert result.returncode == 0 and (tmp_path / "out/model.safetensors").exists(), result.stderr
+
+
+def test_reports_need_no_sigpipe():
+    """Which Windows lacks."""
+    code = ("import runpy, signal, sys; del signal.SIGPIPE; sys.argv = ['compare.py', '--help'];"
+            "runpy.run_path('experiments/compare.py', run_name='__main__')")
+    env = {**ENV, "PYTHONPATH": f"{REPO / 'experiments'}:{ENV['PYTHONPATH']}"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, text=True,
+                            capture_output=True, timeout=100)
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr
+
+
+def test_preparing_text_without_a_lock_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    result = without("fcntl", "prepare_fineweb.py", "--files", tmp_path / "a.txt",
+                     "--tokenizer=byte", "--out", tmp_path / "out")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "Linux or macOS" in result.stderr and not (tmp_path / "out").exists()
+    assert without("fcntl", "prepare_fineweb.py", "--help").returncode == 0
 
 
 def test_export_spares_what_is_there(finished, tmp_path, call):
