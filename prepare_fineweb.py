@@ -522,9 +522,8 @@ def main():
                               "the first also .gz or .zst")
             if not os.path.isfile(path) or not os.path.getsize(path):
                 raise Refused(f"{path}: {'is empty' if os.path.isfile(path) else 'no such file'}")
-        source = map(os.path.abspath, args.files) if args.files else (FINEWEB, args.subset)
-        what = {"source": " ".join(source), "lines": args.lines, "column": args.column,
-                "tokens": args.tokens, "shard_tokens": args.shard_tokens}
+        what = {"source": " ".join(args.files or (FINEWEB, args.subset)), "lines": args.lines,
+                "column": args.column, "tokens": args.tokens, "shard_tokens": args.shard_tokens}
         known = args.tokenizer == "gpt2" and not args.files
         prepare(args.out, lambda: args.files or list_subset(args.subset), what,
                 get_tokenizer(args.tokenizer), args.processes,

@@ -597,16 +597,6 @@ def test_resumed_text_is_checked(tmp_path, name):
         refused(run(*command, *more, cwd=tmp_path), 2, "meta.json", more[0][2:])
 
 
-def test_a_file_is_the_same_however_it_is_spelled(tmp_path):
-    (tmp_path / "b").mkdir()
-    for name in ("a.txt", "b/a.txt"):
-        (tmp_path / name).write_text(name)
-    command = ["--tokenizer", "byte", "--out", tmp_path / "x", "--files"]
-    for cwd, name in (tmp_path, "a.txt"), (tmp_path / "b", "../a.txt"), ("/", tmp_path / "a.txt"):
-        assert run(*command, name, cwd=cwd)[0] == 0
-    refused(run(*command, "a.txt", cwd=tmp_path / "b"), 2, "meta.json", "source")
-
-
 def test_only_the_text_column_matters(tmp_path):
     rows = [{"text": f"2024-01-{i % 28 + 1:02d}", "lang": None, "n": 1} for i in range(300_000)]
     rows += [{"text": "x", "lang": "en", "n": "one"},
