@@ -216,7 +216,7 @@ def test_a_checkpoint_is_written_tensor_by_tensor(tmp_path, monkeypatch):
                           "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0]}]},
             "step": 3}
     tree["model"]["transposed"] = torch.randn(30, 20).T
-    state.save(tmp_path / "first.pt", {"x": torch.zeros(1)})  # imports what a save needs
+    state.save(tmp_path / "a.pt", {"x": torch.zeros(1)})  # imports what a save needs
     largest, before, cpu = [0], memory(), torch.Tensor.cpu
 
     def watched(tensor):  # a copy, as from a card
