@@ -98,6 +98,13 @@ class Plan:
         self.ready, self.later = [], []
         for name, method in study.optimizers.items():
             self.add(name, **method)
+        self.ready.sort(key=self.urgency)
+
+    def urgency(self, run: tuple) -> tuple:
+        """Short tuning runs first, then the seeds in turn: an interrupted study compares methods."""
+        _, knobs = run
+        tuning = knobs["seed"] in self.study.tuning_seeds
+        return (0, knobs["max_tokens"]) if tuning else (1, knobs["seed"])
 
     def add(self, name, horizons, seeds, draws, space, lr, **knobs) -> None:
         scheduled = "schedule" in space or knobs.get("schedule", "constant") != "constant"
