@@ -108,7 +108,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=1e-5)
-        self.cross_entropy = cross_entropy_  # train.py may compile it, as it does the blocks
+        self.softmax_ = softmax_  # train.py may compile it, as it does the blocks
         for name, p in self.named_parameters():
             self.initialize(name, p)
 
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x, self.wte.weight)
         x, W, targets = x.flatten(0, 1), self.wte.weight, targets.flatten()
-        return linear_cross_entropy(x, W, targets, self.cross_entropy)  # the line for another loss
+        return linear_cross_entropy(x, W, targets, self.softmax_)  # the line for another loss
 
     def flops_per_token(self) -> int:
         """FLOPs of a forward and a backward pass: 6 for each weight of a matrix product, and
@@ -201,7 +201,7 @@ CHUNK = 4096  # tokens whose logits exist at the same time
 IN_CACHE = 2**20  # logits of a slice that stays in a CPU's cache through all operations
 
 
-def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -> Tensor:
+def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, softmax_) -> Tensor:
     """Equals F.cross_entropy(F.linear(x, W), targets) over targets that are not -1; 0 without any.
 
     x (N, n_embd), W (vocab_size, n_embd), targets (N,) int64; a float32 scalar. The logits would be
@@ -218,8 +218,9 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -
         for xs, dxs, ts, ss in zip(*(t.split(CHUNK) for t in (x, dx, targets, shares))):
             logits = F.linear(xs, W)
             for z, target, share in zip(logits.split(rows), ts.split(rows), ss.split(rows)):
-                losses.append(cross_entropy(z, target, share))
-                if training:  # inside cross_entropy_ the compiler would copy the logits for this
+                at_target = z.gather(1, target)  # inside softmax_ torch 2.9 and 2.11 compile this
+                losses.append(softmax_(z, share) - at_target)  # to a read after the logits are gone
+                if training:  # inside softmax_ the compiler would copy the logits for this
                     z.scatter_(1, target, ((-losses[-1]).expm1() * share).to(z.dtype))
             if training:  # the logits now hold their gradients
                 dxs.copy_(logits @ W)
@@ -228,13 +229,13 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, cross_entropy) -
     return WithGradients.apply((torch.cat(losses) * shares).sum(), x, W, dx, dW)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-    """The losses -log softmax(logits) at the targets (n, 1), float32 (n, 1). Overwrites logits
-    (n, vocab_size) with shares (n, 1) · softmax(logits): their gradients but at the targets."""
-    logp = logits.float().log_softmax(1)
-    losses = -logp.gather(1, targets)
-    logits.copy_(logp.exp_().mul_(shares))
-    return losses
+def softmax_(logits: Tensor, shares: Tensor) -> Tensor:
+    """Overwrites logits (n, vocab_size) with shares (n, 1) · softmax(logits), the gradients of the
+    losses but at their targets. Returns log Σ exp(logits), float32 (n, 1)."""
+    z = logits.float()
+    log_sum = z.logsumexp(1, keepdim=True)
+    logits.copy_((z - log_sum).exp_().mul_(shares))
+    return log_sum
 
 
 class WithGradients(torch.autograd.Function):

@@ -120,7 +120,7 @@ def replicas(cfg: Config) -> int:
 
 def compile_and_checkpoint(cfg: Config, model: GPT) -> None:
     if cfg.compile:
-        model.cross_entropy = torch.compile(model.cross_entropy)
+        model.softmax_ = torch.compile(model.softmax_)
     for block in model.blocks:  # only the forward function: names of parameters stay as they are
         if cfg.compile:
             block.forward = torch.compile(block.forward)
