@@ -98,13 +98,8 @@ class Plan:
         self.ready, self.later = [], []
         for name, method in study.optimizers.items():
             self.add(name, **method)
-        self.ready.sort(key=self.urgency)
-
-    def urgency(self, run: tuple) -> tuple:
-        """Short tuning runs first, then the seeds in turn: an interrupted study compares methods."""
-        _, knobs = run
-        tuning = knobs["seed"] in self.study.tuning_seeds
-        return (0, knobs["max_tokens"]) if tuning else (1, knobs["seed"])
+        # Short runs first, then seed by seed: an interrupted study compares methods already.
+        self.ready.sort(key=lambda run: (run[1]["max_tokens"], run[1]["seed"]))
 
     def add(self, name, horizons, seeds, draws, space, lr, **knobs) -> None:
         scheduled = "schedule" in space or knobs.get("schedule", "constant") != "constant"

@@ -282,9 +282,8 @@ def drawn_study(tmp_path, monkeypatch):
 
     def end_all(loss):
         while todo := plan.Plan(study).ready:
-            lengths = [k["max_tokens"] for _, k in todo if k["seed"] in study.tuning_seeds]
-            seeds = [k["seed"] for _, k in todo[len(lengths):]]  # tuning first, the seeds in turn
-            assert lengths == sorted(lengths) and seeds == sorted(seeds)
+            order = [(knobs["max_tokens"], knobs["seed"]) for _, knobs in todo]
+            assert order == sorted(order)  # short runs first, then seed by seed
             results = runs.read_results(study.file)
             for name, knobs in todo:
                 horizons = [h for h in (1, 4, 16) if 128 * h <= knobs["max_tokens"]]
