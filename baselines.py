@@ -22,19 +22,26 @@ class NorMuon(torch.optim.Optimizer):
         p ← (1 - η λ) p - 0.2 η √(mn) / ‖P̂‖_F · P̂
 
     Groups with use_muon=False take AdamW's step. normalize_rows=False: Muon, its step of RMS 0.2 η.
-    Parameters, groups and errors as for `SFNorMuon`; no train() and eval(), no warm-up of its own.
+    Parameters, groups, step_norm and errors as for `SFNorMuon`; no train() and eval(), no warm-up
+    of its own.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.05,
-                 eps=1e-8, ns_steps=5, ns_dtype=None, normalize_rows=True):
+                 eps=1e-8, ns_steps=5, ns_dtype=None, normalize_rows=True, step_norm="rms"):
         super().__init__(params, dict(
             lr=lr, betas=betas, momentum=momentum, weight_decay=weight_decay, eps=eps, step=0,
-            ns_steps=ns_steps, ns_dtype=ns_dtype, normalize_rows=normalize_rows, use_muon=True))
+            ns_steps=ns_steps, ns_dtype=ns_dtype, normalize_rows=normalize_rows,
+            step_norm=step_norm, use_muon=True))
 
     def add_param_group(self, group):
         super().add_param_group(group)
         check_group(group)
         check_beta1(group)
+
+    def __setstate__(self, state):
+        for group in state["param_groups"]:
+            group.setdefault("step_norm", "rms")  # the only one before it had a keyword
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -332,7 +339,7 @@ def all_adamw(groups, cfg):
 OPTIMIZERS = {
     "sf_normuon": Entry("SF-NorMuon", False, lambda groups, cfg: SFNorMuon(
         groups, momentum=cfg.momentum, warmup_steps=cfg.warmup_steps, ns_steps=cfg.ns_steps,
-        decay_at=cfg.decay_at, normalize_rows=cfg.normalize_rows,
+        decay_at=cfg.decay_at, normalize_rows=cfg.normalize_rows, step_norm=cfg.step_norm,
         averaging_power=cfg.averaging_power, beta_power=cfg.beta_power)),
     "sf_adamw": Entry("SF-AdamW", False, lambda groups, cfg: SFNorMuon(
         all_adamw(groups, cfg), warmup_steps=cfg.warmup_steps, decay_at=cfg.decay_at,
@@ -347,7 +354,8 @@ OPTIMIZERS = {
     "adamw": Entry("AdamW", True, lambda groups, cfg: torch.optim.AdamW(
         all_adamw(groups, cfg), fused=True)),
     "normuon": Entry("NorMuon", True, lambda groups, cfg: NorMuon(
-        groups, momentum=cfg.momentum, ns_steps=cfg.ns_steps, normalize_rows=cfg.normalize_rows)),
+        groups, momentum=cfg.momentum, ns_steps=cfg.ns_steps, normalize_rows=cfg.normalize_rows,
+        step_norm=cfg.step_norm)),
     "muon": Entry("Muon", True, lambda groups, cfg: MuonAdamW(
         groups, momentum=cfg.momentum, ns_steps=cfg.ns_steps)),
 }

@@ -55,6 +55,7 @@ class Config:
     min_lr_ratio: float = 0.1  # where cosine ends, relative to lr; linear and wsd end at 0
     decay_at: str = "z"  # sf_normuon, sf_adamw: z, y or none
     normalize_rows: bool = True  # sf_normuon, normuon
+    step_norm: str = "rms"  # sf_normuon, normuon: rms (steps of RMS 0.2 lr) or spectral
     ns_steps: int = 5  # Newton-Schulz iterations
     rho: float = 0.8  # amuse: how fast the gradient moves from near z to x (in the log: RMS(z))
     averaging_power: float = 0.0  # schedule-free optimizers: r of the average's weights, tʳ
@@ -132,7 +133,8 @@ def check(cfg: Config) -> None:
             raise Failure(f"{key} must be {rule}, got {getattr(cfg, key)!r}", 2)
 
     for key, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-                       ("decay_at", ("z", "y", "none")), ("dtype", ("", "float32", "bfloat16"))):
+                       ("decay_at", ("z", "y", "none")), ("step_norm", ("rms", "spectral")),
+                       ("dtype", ("", "float32", "bfloat16"))):
         need(getattr(cfg, key) in known, key, f"one of {', '.join(filter(None, known))}")
     scheduled = OPTIMIZERS[cfg.optimizer].scheduled
     for knob in (f.name for f in fields(cfg) if f.type in (int, float)):

@@ -47,6 +47,8 @@ class SFNorMuon(torch.optim.Optimizer):
     decay_at: "z", or an ablation of Fig. 2: "y", "none". normalize_rows=False: that of Fig. 3.
     averaging_power: r, for c = tʳ η_t² / Σ iʳ η_i² (Schedule-Free, arXiv:2405.15682).
     beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p (AMUSE, arXiv:2605.22432, ρ).
+    step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), for
+        a rate that may carry over to other widths (spectral condition, arXiv:2310.17813).
 
     A parameter without a gradient is skipped, but its group's t advances. Parameters, gradients and
     values that no step can take raise ValueError before anything moves; non-finite gradients raise
@@ -56,12 +58,14 @@ class SFNorMuon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), momentum=0.8,
                  weight_decay=0.05, warmup_steps=2000, eps=1e-8, ns_steps=5, ns_dtype=None,
-                 decay_at="z", normalize_rows=True, averaging_power=0.0, beta_power=0.0):
+                 decay_at="z", normalize_rows=True, averaging_power=0.0, beta_power=0.0,
+                 step_norm="rms"):
         super().__init__(params, dict(
             lr=lr, betas=betas, adam_betas=adam_betas, momentum=momentum, weight_decay=weight_decay,
             warmup_steps=warmup_steps, eps=eps, ns_steps=ns_steps, ns_dtype=ns_dtype,
             decay_at=decay_at, normalize_rows=normalize_rows, averaging_power=averaging_power,
-            beta_power=beta_power, use_muon=True, step=0, weight_sum=0.0, train_mode=True))
+            beta_power=beta_power, step_norm=step_norm, use_muon=True, step=0, weight_sum=0.0,
+            train_mode=True))
 
     def add_param_group(self, group):
         if not group.get("use_muon", True):
@@ -139,7 +143,7 @@ class SFNorMuon(torch.optim.Optimizer):
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
         """For each matrix (m, n) that has taken a step (paper, Section 3 and Fig. 4): rho, RMS(z);
         alpha, cosine between P̂ and the z it was subtracted from; predicted, the λρ at which ‖z‖
-        stands still with decay_at="z", 0.1 (-α + √(α² + 2ηλ)). Every process must call it.
+        stands still with decay_at="z", ½ RMS(u/η) (-α + √(α² + 2ηλ)). Every process must call it.
         """
         found = {}
         for group in (group for group in self.param_groups if group["use_muon"]):
@@ -151,11 +155,13 @@ class SFNorMuon(torch.optim.Optimizer):
                 for p, D in zip(bucket, normuon_directions(M, v, bucket[0], group, beta2=1)):
                     z = local(self.state[p]["z"])
                     last = z + eta * D  # the z before this step, but for the factor 1 - ηλ
-                    sums = torch.stack([(z * z).sum(), (last * last).sum(), (last * D).sum()])
-                    zz, ll, lD = (over_processes(sums, p) / p.numel()).tolist()
-                    alpha = lD / max(0.2 * math.sqrt(ll), 1e-30)  # RMS(D) = 0.2
+                    pairs = (z, z), (last, last), (D, D), (last, D)
+                    sums = torch.stack([(a * b).sum() for a, b in pairs])
+                    zz, ll, DD, lD = (over_processes(sums, p) / p.numel()).tolist()
+                    alpha = lD / max(math.sqrt(ll * DD), 1e-30)
                     root = math.sqrt(alpha**2 + 2 * eta * group["weight_decay"])
-                    found[p] = dict(rho=math.sqrt(zz), alpha=alpha, predicted=0.1 * (root - alpha))
+                    found[p] = dict(rho=math.sqrt(zz), alpha=alpha,
+                                    predicted=0.5 * math.sqrt(DD) * (root - alpha))
         return found
 
     def __setstate__(self, state):
@@ -163,7 +169,8 @@ class SFNorMuon(torch.optim.Optimizer):
         for group in state["param_groups"]:
             if not {"use_muon", "step", "weight_sum", "train_mode", "decay_at"} <= group.keys():
                 raise ValueError("this is not the state of the schedule-free SFNorMuon")
-            group.update(dict(averaging_power=0.0, beta_power=0.0, beta=group["betas"][0]) | group)
+            added = dict(averaging_power=0.0, beta_power=0.0, step_norm="rms")
+            group.update(added | {"beta": group["betas"][0]} | group)
         super().__setstate__(state)
 
 
@@ -191,21 +198,30 @@ def param_groups(model: nn.Module) -> list[dict]:
 # ---- the two directions: of matrices (m, n), or this process's rows; of stacks (E, m, n)
 
 def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
-    """0.2 √(mn) / ‖P̂‖_F · P̂ for the momenta Ms of matrices of the shape of the parameter `like`.
+    """0.2 √(mn) / ‖P̂‖_F · P̂ for the momenta Ms of matrices of the shape of the parameter `like`,
+    or with step_norm="spectral" √(m/n) ‖P‖_F / ‖P̂‖_F · P̂.
 
     vs: the second moments of the rows, (m, 1) each, updated in place; beta2=1 leaves them.
     """
+    m, n = like.shape[-2:]
     Ps = polar(Ms, like, group["ns_steps"], group["ns_dtype"])
+    length = 0.2 * math.sqrt(m * n)
+    if group["step_norm"] == "spectral":
+        length = math.sqrt(m / n) * norms(Ps, like)
     if group["normalize_rows"]:
         for P, v in zip(Ps, vs):
-            v.lerp_(torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / P.size(-1), 1 - beta2)
+            v.lerp_(torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / n, 1 - beta2)
             P.div_(v.sqrt() + group["eps"])  # now P̂
+    factors = length / norms(Ps, like).clamp(min=1e-19)  # zero stays zero
+    return [P.mul_(factor) for P, factor in zip(Ps, factors)]
+
+
+def norms(Ps, like) -> Tensor:
+    """‖P‖_F of each matrix, (B, 1, 1), or of each matrix of a stack, (B, E, 1, 1)."""
     squares = torch.stack([torch.linalg.matrix_norm(P, keepdim=True) ** 2 for P in Ps])
     if like.ndim == 2:  # a stack is cut between its matrices
         squares = over_processes(squares, like)
-    norms = squares.sqrt().clamp(min=1e-19)  # zero stays zero
-    factors = 0.2 * math.sqrt(like.shape[-2] * like.shape[-1]) / norms
-    return [P.mul_(factor) for P, factor in zip(Ps, factors)]
+    return squares.sqrt()
 
 
 def adamw_directions(gs, vs, t, group):
@@ -356,6 +372,8 @@ def check_group(group: dict, *names: str) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
     if not 0 < group.get("beta", 1) <= 1:  # at 0, y = z and x could not be recovered
         raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
+    if group.get("step_norm", "rms") not in ("rms", "spectral"):
+        raise ValueError(f'step_norm must be "rms" or "spectral", got {group["step_norm"]!r}')
     for p in group["params"]:
         what, placements = f"parameter of shape {tuple(p.shape)}", getattr(p, "placements", ())
         if p.is_complex() or p.layout != torch.strided or p.dtype == torch.float16:  # ε is 0 there

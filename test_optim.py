@@ -69,8 +69,11 @@ def matrix_step(w, g, eta, c, beta1, group):
     v = beta2 * w.v[:, :1] + (1 - beta2) * (P * P).mean(dim=1, keepdim=True)  # (m, 1)
     P_hat = P / (v.sqrt() + eps) if group["normalize_rows"] else P  # False: the ablation of Fig. 3
     decayed = {"z": w.z, "y": w.y, "none": 0}[group["decay_at"]]  # "y" and "none": those of Fig. 2
+    length = 0.2 * math.sqrt(m * n)  # so that P̂ has an RMS of 0.2
+    if group["step_norm"] == "spectral":  # not the paper's: P̂ of P's length, times √(m/n)
+        length = math.sqrt(m / n) * P.norm()
     norm = P_hat.norm() or 1  # zero gradients: P̂ = 0 takes no step
-    u = eta * lam * decayed + 0.2 * eta * math.sqrt(m * n) / norm * P_hat
+    u = eta * lam * decayed + eta * length / norm * P_hat
     z = w.z - u
     x = (1 - c) * w.x + c * z
     y = (1 - beta1) * z + beta1 * x
@@ -107,7 +110,7 @@ def algorithm_1(weights, grads, group):
 
 DEFAULTS = dict(lr=0.008, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), momentum=0.8,
                 weight_decay=0.05, warmup_steps=2000, eps=1e-8, ns_steps=5, decay_at="z",
-                normalize_rows=True, averaging_power=0.0, beta_power=0.0)
+                normalize_rows=True, step_norm="rms", averaging_power=0.0, beta_power=0.0)
 
 # ---- newton_schulz
 
@@ -195,6 +198,8 @@ CASES = {
     "no decay": FAST | {"weight_decay": 0.0},
     "no momentum": FAST | {"momentum": 0.0},
     "rows as they are": FAST | {"normalize_rows": False},
+    "spectral": FAST | {"step_norm": "spectral"},
+    "spectral, rows as they are": FAST | {"step_norm": "spectral", "normalize_rows": False},
     "large eps": FAST | {"eps": 0.1},
     "betas": FAST | {"betas": (0.6, 0.8)},
     "adam_betas": FAST | {"adam_betas": (0.7, 0.9)},
@@ -271,7 +276,8 @@ def test_the_defaults_are_the_papers():
     assert {name: group[name] for name in DEFAULTS} == DEFAULTS and group["use_muon"]
 
 
-@pytest.mark.parametrize("options", [FAST, FAST | {"normalize_rows": False}], ids=["rows", "whole"])
+@pytest.mark.parametrize("options", [FAST, FAST | {"normalize_rows": False},
+                                     FAST | {"step_norm": "spectral"}], ids=str)
 def test_zero_gradients(options):
     """Of everything, at the start and later, and of one matrix and one row among others."""
     weights, grads = draw(MATRICES, 5, F64)
@@ -301,12 +307,13 @@ def test_matrices_of_one_shape_move_as_they_would_alone(shape):
     close(after([0, 1, 2]), [after([i])[0] for i in range(3)], 1e-6)
 
 
-@pytest.mark.parametrize("normalize_rows", [True, False])
-def test_each_matrix_of_a_stack_moves_as_it_would_alone(normalize_rows):
+@pytest.mark.parametrize("knobs", [{}, {"normalize_rows": False}, {"step_norm": "spectral"}],
+                         ids=str)
+def test_each_matrix_of_a_stack_moves_as_it_would_alone(knobs):
     """A parameter (E, m, n), such as the experts of a layer, is E matrices, beside other shapes."""
     weights, grads = draw([(4, 6, 9), (5, 7, 7), (4, 6, 9), (6, 9)], 5, F64)
     params = [nn.Parameter(w.clone()) for w in weights]
-    options = FAST | {"normalize_rows": normalize_rows}
+    options = FAST | knobs
     opt, group = SFNorMuon(params, **options, ns_dtype=F64), DEFAULTS | options | {"use_muon": True}
     alone = lambda tensors: [M for t in tensors for M in t.reshape(-1, *t.shape[-2:])]
     refs = [start(w) for w in alone(weights)]
@@ -341,18 +348,21 @@ def test_sf_adamw_is_the_released_one(warmup_steps, weight_decay):
 
 # ---- diagnostics
 
-def test_diagnostics():
+@pytest.mark.parametrize("step_norm", ["rms", "spectral"])
+def test_diagnostics(step_norm):
     """ρ, α and the predicted λρ of every matrix, from the state as it stands, in both modes."""
-    params, opt, refs, before = run_both(FAST | {"eps": 1e-3})
+    params, opt, refs, before = run_both(FAST | {"eps": 1e-3, "step_norm": step_norm})
     for mode in (opt.train, opt.eval):
         mode()
         found = opt.diagnostics()
         assert set(found) == set(params[:len(MATRICES)])
         for p, w, last in zip(params[:len(MATRICES)], refs, before):
-            P_hat = polar(w.M) / (w.v.sqrt() + 1e-3)
+            P = polar(w.M)
+            P_hat = P / (w.v.sqrt() + 1e-3)
+            rms = 0.2 if step_norm == "rms" else P.norm().item() / p.shape[1]
             alpha = ((last.z * P_hat).sum() / (last.z.norm() * P_hat.norm())).item()
             expected = {"rho": w.z.square().mean().sqrt().item(), "alpha": alpha,
-                        "predicted": 0.1 * (-alpha + math.sqrt(alpha**2 + 2 * 0.1 * 0.4))}
+                        "predicted": rms / 2 * (-alpha + math.sqrt(alpha**2 + 2 * 0.1 * 0.4))}
             assert found[p] == pytest.approx(expected, abs=1e-10)
 
 

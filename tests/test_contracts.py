@@ -26,13 +26,13 @@ FREE = [*COMMON, {"warmup_steps": -1}]
 MATRIX = [{"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": -1}, {"ns_steps": 0}]
 BAD = {
     SFNorMuon: [*FREE, {"betas": (0.0, 0.95)}, *MATRIX, {"decay_at": "x"}, {"decay_at": "off"},
-                {"averaging_power": -1.0}, {"beta_power": -0.1}],
+                {"averaging_power": -1.0}, {"beta_power": -0.1}, {"step_norm": "RMS"}],
     AMUSE: [*FREE, {"betas": (0.0, 0.95)}, *MATRIX, {"warmup_steps": 1}, {"rho": -0.1},
             {"averaging_power": -1.0}],
     ScheduleFreePlus: [*FREE, {"betas": (1.0, 0.95)}, {"polyak_beta": 1.0}, {"polyak_beta": -0.1},
                        {"averaging_power": -1.0}, {"averaging_start": -1},
                        {"beta_anneal_steps": -1}, {"sf_beta": 0.0}, {"sf_beta": 1.0}],
-    NorMuon: [*COMMON, {"betas": (1.0, 0.95)}, *MATRIX],
+    NorMuon: [*COMMON, {"betas": (1.0, 0.95)}, *MATRIX, {"step_norm": "RMS"}],
 }
 
 
@@ -440,21 +440,26 @@ def test_a_copied_optimizer_goes_on_alike(cls, way):
     same_run(params, opt, params_2, opt_2)
 
 
-def test_a_state_of_an_older_version_is_completed():
-    """Where the meaning of what is missing is certain: powers of 0, and the β1 of the group."""
+@pytest.mark.parametrize("cls", [SFNorMuon, NorMuon], ids=name_of)
+def test_a_state_of_an_older_version_is_completed(cls):
+    """Where the meaning of what is missing is certain: powers of 0, the β1 of the group, and steps
+    of RMS 0.2 η."""
     weights, grads = draw(SHAPES, 6)
-    params, opt = make(weights, SFNorMuon, OVERRIDES, **FAST)
+    knobs = FAST if cls is SFNorMuon else ALL_KNOBS[cls]
+    params, opt = make(weights, cls, OVERRIDES, **knobs)
     for gs in grads[:3]:
         step(opt, params, gs)
     saved = copy.deepcopy(opt.state_dict())
     for group in saved["param_groups"]:
-        for name in ("averaging_power", "beta_power", "beta"):
-            del group[name]
-    params_2, opt_2 = make(copies(params), SFNorMuon, **FAST, averaging_power=1.0, beta_power=1.0)
+        for name in ("averaging_power", "beta_power", "beta", "step_norm"):
+            group.pop(name, None)
+    later = {"averaging_power": 1.0, "beta_power": 1.0} if cls is SFNorMuon else {}
+    params_2, opt_2 = make(copies(params), cls, **knobs, **later, step_norm="spectral")
     opt_2.load_state_dict(saved)
     for gs in grads[3:]:
         step(opt, params, gs), step(opt_2, params_2, gs)
-    opt.eval(), opt_2.eval()
+    if cls is SFNorMuon:
+        opt.eval(), opt_2.eval()
     same_run(params, opt, params_2, opt_2)
 
 

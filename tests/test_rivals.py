@@ -36,7 +36,10 @@ def normuon_step(params, grads, group):
             P = polar((1 - mu) * g + mu * r.M)
             r.v = beta2 * r.v[:, :1] + (1 - beta2) * (P * P).mean(dim=1, keepdim=True)
             P_hat = P / (r.v.sqrt() + eps) if group["normalize_rows"] else P
-            d = 0.2 * math.sqrt(P.numel()) / P_hat.norm() * P_hat
+            length = 0.2 * math.sqrt(P.numel())
+            if group["step_norm"] == "spectral":
+                length = math.sqrt(P.shape[0] / P.shape[1]) * P.norm()
+            d = length / P_hat.norm() * P_hat
         else:
             r.M = beta1 * r.M + (1 - beta1) * g
             d = r.M / (1 - beta1**t) / adam_scale(r, g, beta2, t, eps)
@@ -142,13 +145,15 @@ PLUS_REFERENCE = dict(cls=ScheduleFreePlus, reference=plus_groups, defaults=dict
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize_rows": False}, {"momentum": 0.0},
+                                     {"step_norm": "spectral"},
                                      {"betas": (0.8, 0.7), "eps": 0.01}], ids=str)
 def test_normuon(options):
     """Against its formulas, AdamW groups against torch's AdamW too, while lr changes; and at lr 0
     nothing moves."""
     weights, grads = draw(SHAPES, 12, F64)
     params, opt = make(weights, NorMuon, lr=0.1, weight_decay=0.4, **options, ns_dtype=F64)
-    knobs = dict(betas=(0.9, 0.95), momentum=0.95, eps=1e-8, normalize_rows=True, weight_decay=0.4)
+    knobs = dict(betas=(0.9, 0.95), momentum=0.95, eps=1e-8, weight_decay=0.4,
+                 normalize_rows=True, step_norm="rms")
     groups = [knobs | {"use_muon": i < 2} | options for i in range(3)]
     refs, twins = [start(w) for w in weights], [nn.Parameter(w.clone()) for w in weights[GROUPS[2]]]
     adamw = torch.optim.AdamW(twins, **{name: groups[2][name]

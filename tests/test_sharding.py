@@ -88,7 +88,8 @@ def whole(tensors):
 def sharded_is_plain(mesh):
     """The sharded model against a plain one, which every process trains for itself."""
     ablated = FAST | {"decay_at": "y", "normalize_rows": False}
-    for cls, options in (*ALL_KNOBS.items(), (SFNorMuon, ablated)):
+    spectral = FAST | {"step_norm": "spectral"}
+    for cls, options in (*ALL_KNOBS.items(), (SFNorMuon, ablated), (SFNorMuon, spectral)):
         params, hidden, opt = train_given(lambda module: None, cls, options)
         shard = functools.partial(fully_shard, mesh=mesh)
         params_s, hidden_s, opt_s = train_given(shard, cls, options)
