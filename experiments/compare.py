@@ -28,6 +28,7 @@ import numpy as np
 NEEDS = "pip install -r requirements-dev.txt"
 try:
     import figures
+    import rates
 except ImportError as e:
     sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
@@ -159,7 +160,7 @@ def headline(c: Comparison) -> str:
 # ---- the report
 
 def declared(path: Path) -> dict:
-    """What the study of a results file declares: tokens, claims, margin, headline."""
+    """What the study of a results file declares: tokens, claims, margin, headline, follow."""
     file = ROOT / "experiments/studies" / f"{path.stem}.py"
     if path.suffix != ".jsonl" or not file.exists():
         return {}
@@ -254,13 +255,19 @@ def main() -> None:
     if args.readme and not file:
         raise Refused("--readme needs one study, experiments/results/<study>.jsonl")
     out = f"{file.with_suffix('')}_" if file else "figures/"
-    found = compare(args.paths, None if args.check else out)
-    text = report(found, args.target)
-    if args.readme:
-        texts = {file.stem: text}
-        if found[0].study.get("headline"):
+    study = declared(file) if file else {}
+    if "follow" in study:
+        runs = read_runs(args.paths)
+        text, texts = rates.table(runs, study), {}
+        if not args.check:
+            rates.draw(runs, study, out)
+    else:
+        found = compare(args.paths, None if args.check else out)
+        text, texts = report(found, args.target), {}
+        if study.get("headline"):
             texts[f"{file.stem} headline"] = headline(found[0])
-        rewrite(args.readme, texts, args.check)
+    if args.readme:
+        rewrite(args.readme, {file.stem: text, **texts}, args.check)
     if not args.check:
         print(f"{text}\nfigures: {out}*.svg")
 

@@ -143,6 +143,7 @@ class Plan:
                  "seed": seed, "max_tokens": max(horizons) * self.study.tokens}
         if config is None:
             return self.later.append((title, knobs))
+        knobs = {k: v(config["lr"]) if callable(v) else v for k, v in knobs.items()}
         name = f"{'tune_' * tuning}{title}_lr{config['lr']:g}_seed{seed}"
         run = self.results.get(name)
         if run is None or run["config"]["max_tokens"] < knobs["max_tokens"]:

@@ -11,7 +11,8 @@ A study is a file of plain Python assignments:
     seeds         seeds of the runs that are reported; tuning_seeds: others, for choosing
     tuning        knobs of the tuning runs only: eval_offset, for other validation text
     optimizers    {method: its knobs}. A list as lr is a grid of rates to choose from; `horizons`,
-                  `seeds` and `draws` among the knobs are this method's own
+                  `seeds` and `draws` among the knobs are this method's own; a function as a
+                  value is called with the rate
     draws, draw_seed, rungs    for methods with a space
 
 A method may have a `space`, {knob: a list of values, or (low, high) for a range on a log scale}; a

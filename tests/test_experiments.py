@@ -48,7 +48,8 @@ optimizers = {
     "anytime": dict(optimizer="sf_normuon", space=dict(lr=(0.006, 0.1), decay_at=["z", "y"])),
     "adamw": dict(optimizer="adamw", warmup_steps=9,
                   space=dict(lr=(0.003, 0.05), schedule=["cosine", "linear", "wsd"])),
-    "grid": dict(optimizer="normuon", schedule="linear", lr=[0.01, 0.02], horizons=(1, 4)),
+    "grid": dict(optimizer="normuon", schedule="linear", lr=[0.01, 0.02], horizons=(1, 4),
+                 weight_decay=lambda lr: 0.001 / lr),
 }
 '''
 
@@ -360,6 +361,7 @@ def test_halving_and_rates_for_each_horizon(drawn_study):
     assert {name: kept["config"]["max_tokens"] for name, kept in found.items()} == expected
     assert {kept["config"]["eval_offset"] for name, kept in found.items()
             if name.startswith("tune_")} == {64}
+    assert found["grid_4x_lr0.32_seed0"]["config"]["weight_decay"] == 0.001 / 0.32
     config = found[f"adamw_16x_lr{last:g}_seed1"]["config"]  # the rest stays that of the draw
     assert config["schedule"] == found[f"tune_adamw_4x_{winner}_lr{third[winner]:g}_seed100"][
         "config"]["schedule"] and config["warmup_steps"] == 9 and config["eval_offset"] == 0

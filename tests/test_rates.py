@@ -1,0 +1,95 @@
+"""The best rate over sizes: tables and figures over runs whose optimum is known."""
+import importlib
+import math
+import re
+
+import numpy as np
+import pytest
+
+from test_experiments import REPO, run
+from test_reports import a_run, save
+
+rates, runs = map(importlib.import_module, ("rates", "runs"))
+SIZES, GRID = (32, 64, 128), [0.01 * 2.0**k for k in range(-2, 3)]
+STUDY = dict(follow="n_embd", methods=dict(a={}, b={}), predict=(512,))
+
+
+def known(size):
+    """log2 of the best rate: it falls with the square root of the size."""
+    return math.log2(0.012) - 0.5 * math.log2(size / 64)
+
+
+def tuning_runs(label, best, noise=lambda: 0.0, sizes=SIZES):
+    return [a_run(f"tune_{label}_{size}_lr{lr:g}_seed{seed}",
+                  {5: 4.0, 10: 3 + 0.12 * (math.log2(lr) - best(size)) ** 2 + noise()},
+                  lr=lr, seed=seed, n_embd=size)
+            for size in sizes for lr in GRID for seed in (0, 1)]
+
+
+def read(tmp_path, lines):
+    return runs.read_runs([save(tmp_path / "known.jsonl", lines)])
+
+
+def test_a_parabola_and_a_power_law_are_found(tmp_path):
+    """b has its best rate at the edge of the grid at one size, and there no optimum."""
+    edge = lambda size: 9 if size == 128 else math.log2(0.02)
+    shift = iter([0.003, -0.003] * 1000)  # of the two seeds, alike at every rate
+    lines = tuning_runs("a", known, lambda: next(shift)) + tuning_runs("b", edge)
+    lines.append(a_run("tune_a_32_lr0.16_seed0", {5: 0.1}, lr=0.16, n_embd=32))
+    lines[-1]["config"]["max_tokens"] = 10000  # it ended early, as a run does that diverges
+    table = rates.table(read(tmp_path, lines), STUDY).splitlines()
+    assert table[0].startswith("| best rate at n_embd | 32 | 64 | 128 | power | 512 (power law) |")
+    a, b = ([cell.strip() for cell in line.split("|")[2:-1]] for line in table[2:4])
+    # Within 0.1 of the best, a has two rates a size and b one. The error of the vertex,
+    # (l- - l+) / (2 (l- - 2 l + l+)), is that of its derivatives, by hand.
+    sd = math.sqrt((6 * 2 * 0.003**2 + 3 * 0) / 9)
+    assert f"{sd:.4f}." in table[-1]
+    for size, cell in zip(SIZES, a):
+        k = min(range(len(GRID)), key=lambda i: abs(math.log2(GRID[i]) - known(size)))
+        off = known(size) - math.log2(GRID[k])
+        slopes = np.array([(1 + 2 * off) / 2, -2 * off, (2 * off - 1) / 2]) / 0.24
+        error = sd / math.sqrt(2) * np.linalg.norm(slopes)
+        expected = [2 ** (known(size) + z * 1.96 * error) for z in (0, -1, 1)]
+        found = [*map(float, re.findall(r"[\d.]+", cell))]
+        np.testing.assert_allclose(found, expected, rtol=0.006)
+    assert a[3].startswith("-0.50 ± ") and b[2] == ""
+    assert float(a[4].split()[0]) == pytest.approx(2 ** known(512), rel=0.006)
+    assert b[3].startswith("+0.00 ± ") and float(b[4].split()[0]) == pytest.approx(0.02, rel=0.006)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(tmp_path):
+    rng, inside, law = np.random.default_rng(0), [], []
+    for _ in range(100):
+        lines = tuning_runs("a", known, lambda: rng.normal(0, 0.01))
+        (_, optima, (p, covariance)), _ = rates.rows(
+            rates.losses_by_rate(read(tmp_path, lines), STUDY), STUDY)
+        inside += [abs(value - known(size)) < 1.96 * error
+                   for size, (value, error) in optima.items()]
+        law.append(abs(p[0] + 0.5) < 1.96 * math.sqrt(covariance[0, 0]))
+    assert 0.91 < np.mean(inside) < 0.98 and 0.90 < np.mean(law) < 0.99
+
+
+def test_the_command_writes_table_and_figures(tmp_path):
+    """Beside the results, as for every study, and with what its file declares."""
+    page, noise = tmp_path / "page.md", iter([0.003, -0.003] * 15)
+    for folder in "experiments/studies", "experiments/results":
+        (tmp_path / folder).mkdir(parents=True)
+    for file in [*REPO.glob("*.py"), *REPO.glob("experiments/*.py")]:
+        (tmp_path / file.relative_to(REPO)).symlink_to(file)
+    (tmp_path / "experiments/compare.py").unlink()
+    (tmp_path / "experiments/compare.py").write_text(
+        (REPO / "experiments/compare.py").read_text())
+    (tmp_path / "experiments/studies/known.py").write_text(f"globals().update({STUDY!r})")
+    save(tmp_path / "experiments/results/known.jsonl",
+         tuning_runs("a", known, lambda: next(noise)) + tuning_runs("b", known, sizes=(32,)))
+    page.write_text("<!-- results: known -->\n<!-- /results -->\n")
+    arguments = ("experiments/compare.py", "experiments/results/known.jsonl", "--readme", page)
+    run(tmp_path, *arguments)
+    assert "| a | " in page.read_text() and "-0.50" in page.read_text()
+    run(tmp_path, *arguments, "--check")
+    figures = {name: (tmp_path / f"experiments/results/known_{name}.svg").read_text()
+               for name in ("rates", "optimum")}
+    assert all(">n_embd<" in text for text in figures.values())
+    assert ">b<" in figures["rates"] and ">b<" not in figures["optimum"]  # one size has no law
+    page.write_text(page.read_text().replace("-0.50", "-0.51"))
+    assert "not what the runs say" in run(tmp_path, *arguments, "--check", status=1).err
