@@ -161,7 +161,7 @@ OWN = {  # what their state must carry over a resume
 
 
 @pytest.mark.parametrize("optimizer, schedule, lr", [
-    ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.01), ("adamw", "cosine", 0.01),
+    ("sf_normuon", "constant", 0.03), ("sf_adamw", "constant", 0.006), ("adamw", "cosine", 0.003),
     ("normuon", "linear", 0.03), ("muon", "wsd", 0.03), ("amuse", "constant", 0.03),
     ("schedulefree_plus", "constant", 0.15)])
 def test_optimizers(cwd, place, data, tokens, optimizer, schedule, lr):
