@@ -28,8 +28,6 @@ from tqdm import tqdm
 from data import read_meta, read_shard, write_atomically, write_shard
 
 FINEWEB = "HuggingFaceFW/fineweb"
-# Approximate GPT-2 tokens, for the progress bar.
-SUBSET_TOKENS = {f"{FINEWEB} sample-10BT": 10.35e9, f"{FINEWEB} sample-100BT": 103e9}
 BATCH_CHARS = 2**20  # of text that a thread encodes at once
 # tiktoken overflows its stack on half a million blanks, so long texts are encoded in pieces. A
 # piece that ends between a word and a space does not change the tokens.
@@ -238,11 +236,10 @@ def write_meta(out, tokenizer, train_tokens, val_tokens, made_with):
         "train_tokens": train_tokens, "val_tokens": val_tokens, **made_with})
 
 
-def open_folder(out, made_with, ours=()):
-    """Make the folder if need be. Return its meta.json, its progress.json, or {} if it is new.
+def open_folder(out, made_with):
+    """Make the folder if need be. Return its meta.json, its progress.json, or {} if it has neither.
 
-    Usage error if it was made with other arguments than `made_with`, or holds shards of unknown
-    origin that are not among `ours`: training would mix them with what this run writes.
+    Usage error if it was made with other arguments than `made_with`.
     """
     os.makedirs(out, exist_ok=True)
     for name in ("meta.json", "progress.json"):
@@ -257,39 +254,41 @@ def open_folder(out, made_with, ours=()):
                 if found.get(key) != value:
                     fail(f"{path}: made with another {key}, {found.get(key)}; give another --out")
             return found
-    foreign = {name for name in os.listdir(out) if name.endswith(".bin")} - {*ours}
-    if foreign:
-        fail(f"{os.path.join(out, min(foreign))}: a shard of unknown origin; give another --out")
     return {}
 
 
-def validation_tokens(tokens, eot):
-    """How many tokens of a small text are for validation: the first tenth, by whole documents.
+def refuse_other_shards(out, ours):
+    """Usage error if the folder holds shards that training would mix with ours."""
+    others = {name for name in os.listdir(out) if name.endswith(".bin")} - set(ours)
+    if others:
+        fail(f"{os.path.join(out, min(others))}: not a shard of this data; give another --out")
 
-    A single document is cut.
-    """
-    tenth, starts = max(1, len(tokens) // 10), np.flatnonzero(tokens == eot)
-    if len(starts) == 1:
-        return tenth
-    return int(max(starts[1], starts[starts <= tenth][-1]))
+
+def validation_tokens(tokens, eot):
+    """How long the first tenth of a small text is, by whole documents; a single one is cut."""
+    tenth = max(1, len(tokens) // 10)
+    starts = np.flatnonzero(tokens == eot)
+    return int(max(starts[1], starts[starts <= tenth][-1])) if len(starts) > 1 else tenth
 
 
 def prepare(out, files, tokenizer, made_with, progress):
     """Tokenize the files into shards; `progress` is what an interrupted run has left, or {}."""
     shard_tokens, limit = made_with["shard_tokens"], made_with["tokens"]
-    progress = progress or {**made_with, "shards": 0, "position": [0, 0], "skip": 0, "nulls": 0}
+    if not progress:
+        refuse_other_shards(out, ())
+        progress = {**made_with, "shards": 0, "position": [0, 0], "skip": 0, "nulls": 0}
     progress_path = os.path.join(out, "progress.json")
     stem = os.path.join(out, os.path.basename(os.path.abspath(out)))
     parts, size = [np.empty(0, np.uint16)], 0  # the tokens of the next shard, and their number
     nulls = progress["nulls"]
 
     def save_shard(i, tokens):
-        write_json(progress_path, progress)  # first: a shard without it is of unknown origin
+        write_json(progress_path, progress)  # first: it says whose shards these are
         write_shard(f"{stem}_train_{i - 1:06d}.bin" if i else f"{stem}_val_000000.bin", tokens)
 
     batches = read_batches(files, made_with["column"], made_with["lines"], progress["position"])
-    with tqdm(initial=progress["shards"] * shard_tokens, unit=" tokens", unit_scale=True,
-              total=limit or SUBSET_TOKENS.get(made_with["source"]), mininterval=1) as bar:
+    with tqdm(initial=progress["shards"] * shard_tokens, total=limit, unit=" tokens",
+              unit_scale=True, mininterval=1) as bar:
         for position, more_nulls, tokens in encode_batches(batches, tokenizer):
             # the batch in which the last complete shard ends belongs to both it and the next one
             skip = progress["skip"] if position == progress["position"] else 0
@@ -332,7 +331,8 @@ def fetch_shards(out, n):
     huggingface_hub.utils.disable_progress_bars()
     repo = "kjj0/fineweb10B-gpt2" if n <= 103 else "kjj0/fineweb100B-gpt2"
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, n + 1)]
-    open_folder(out, {"source": repo}, names)
+    open_folder(out, {"source": repo})
+    refuse_other_shards(out, names)
     lengths = []
     for name in tqdm(names, unit=" shards"):
         try:
@@ -400,11 +400,9 @@ def arguments():
     add("--tokens", type=number, help="stop there, validation included; may be written 2.5e9")
     add("--shard-tokens", type=number, default=10**8, help="in every shard but the last (1e8)")
     args = parser.parse_args()
-    for option in ("lines", "column", "tokenizer", "tokens", "shard_tokens") if args.shards else ():
-        if getattr(args, option) != parser.get_default(option):
+    for option in ("lines", "column", "tokenizer", "tokens", "shard_tokens"):
+        if args.shards and getattr(args, option) != parser.get_default(option):
             fail(f"--shards fetches GPT-2 tokens as they are, without --{option.replace('_', '-')}")
-    if args.shard_tokens >= 2**31:
-        fail(f"--shard-tokens {args.shard_tokens}: must be below 2**31")
     for path in args.files or ():
         if not kind_of(path)[0]:
             fail(f"{path}: unknown kind of file; known: {', '.join(READERS)}, also as .gz or .zst")
