@@ -186,8 +186,8 @@ def read_batches(files, column, lines, start):
             with open_binary(files[i]) as file:
                 for n, texts in enumerate(cut_batches(reader(file, column))):
                     if n == 0 and not any(text is not None for text in texts):
-                        raise ValueError(f"no `{column}` column has text; --column names another")
-                    if [i, n] >= start:
+                        raise ValueError(f"no text in column `{column}`; --column names another")
+                    if [i, n] >= start:  # those before it were encoded by an interrupted run
                         yield [i, n], texts, reader is read_text and n > 0
         except UnicodeDecodeError as e:
             raise ValueError(f"{files[i]}: not UTF-8 ({e})") from e
@@ -209,8 +209,7 @@ def encode_batch(tokenizer, texts, continued):
 def encode_batches(batches, tokenizer):
     """Yield (position, number of nulls, tokens uint16 (n,)) of each batch, in order.
 
-    A thread per core suffices, since tiktoken works without Python's lock. Only a few batches are
-    read ahead.
+    There is a thread for each core: tiktoken releases the GIL. Only a few batches are read ahead.
     """
     pending, cores = deque(), os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
@@ -339,7 +338,11 @@ def fetch_shards(out, n):
             path = huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=out)
         except Exception as e:  # httpx, the hub and the system have no error in common
             raise ValueError(f"{repo}/{name}: {str(e) or type(e).__name__}") from e
-        lengths.append(len(read_shard(path)))
+        try:
+            lengths.append(len(read_shard(path)))
+        except ValueError:
+            os.unlink(path)  # or it would not be fetched again
+            raise
     write_meta(out, GPT2Tokenizer, sum(lengths[1:]), lengths[0], {"source": repo})
 
 
