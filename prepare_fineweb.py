@@ -29,8 +29,8 @@ from data import read_meta, read_shard, write_atomically, write_shard
 
 FINEWEB = "HuggingFaceFW/fineweb"
 BATCH_CHARS = 2**20  # of text that a thread encodes at once
-# tiktoken overflows its stack on half a million blanks, so long texts are encoded in pieces. A
-# piece that ends between a word and a space does not change the tokens.
+# tiktoken overflows its stack on half a million blanks, so long texts are encoded in pieces. They
+# end before a space that follows a word where they can, since no token crosses such a place.
 PIECE = re.compile(r"(?s).{,65535}(?:\S(?= )|.\Z)|.{1,65536}")
 
 
@@ -127,13 +127,12 @@ def read_text(file, column):
 
 READERS = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
            ".txt": read_text}
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def kind_of(path):
     """(reader or None, compression or None), by the ending of the name."""
     stem, suffix = os.path.splitext(path.lower())
-    codec = CODECS.get(suffix)
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(suffix)
     return READERS.get(os.path.splitext(stem)[1] if codec else suffix), codec
 
 
@@ -201,8 +200,7 @@ def encode_batch(tokenizer, texts, continued):
     parts = [np.empty(0, np.uint16)]
     for text in texts:
         if text is not None:
-            parts.append(np.array([tokenizer.eot], np.uint16))
-            parts.append(tokenizer.encode(text))
+            parts += [np.uint16([tokenizer.eot]), tokenizer.encode(text)]
     return np.concatenate(parts)[continued:]  # no eot inside a document
 
 
@@ -278,24 +276,25 @@ def prepare(out, files, tokenizer, made_with, progress):
         progress = {**made_with, "shards": 0, "position": [0, 0], "skip": 0, "nulls": 0}
     progress_path = os.path.join(out, "progress.json")
     stem = os.path.join(out, os.path.basename(os.path.abspath(out)))
-    parts, size = [np.empty(0, np.uint16)], 0  # the tokens of the next shard, and their number
-    nulls = progress["nulls"]
 
     def save_shard(i, tokens):
         write_json(progress_path, progress)  # first: it says whose shards these are
         write_shard(f"{stem}_train_{i - 1:06d}.bin" if i else f"{stem}_val_000000.bin", tokens)
 
+    parts, size = [np.empty(0, np.uint16)], 0  # the tokens of the next shard, and their number
+    done, nulls = progress["shards"] * shard_tokens, progress["nulls"]
     batches = read_batches(files, made_with["column"], made_with["lines"], progress["position"])
-    with tqdm(initial=progress["shards"] * shard_tokens, total=limit, unit=" tokens",
-              unit_scale=True, mininterval=1) as bar:
+    with tqdm(initial=done, total=limit, unit=" tokens", unit_scale=True, mininterval=1) as bar:
         for position, more_nulls, tokens in encode_batches(batches, tokenizer):
-            # the batch in which the last complete shard ends belongs to both it and the next one
+            # a shard may end inside a batch: a resumed run skips what that shard holds
             skip = progress["skip"] if position == progress["position"] else 0
-            tokens = tokens[skip : skip + limit - bar.n if limit else None]
-            bar.update(len(tokens))
+            end = skip + limit - done if limit else None
+            tokens = tokens[skip:end]
             parts.append(tokens)
             size += len(tokens)
-            while size > shard_tokens:  # a shard that is just full may be the only one: see below
+            done += len(tokens)
+            bar.update(len(tokens))
+            while size > shard_tokens:  # not when it is just full: it may be all there is
                 rest = np.concatenate(parts)
                 save_shard(progress["shards"], rest[:shard_tokens])
                 parts, size = [rest[shard_tokens:]], size - shard_tokens
@@ -303,19 +302,18 @@ def prepare(out, files, tokenizer, made_with, progress):
                                 skip=skip + len(tokens) - size, nulls=nulls)
                 write_json(progress_path, progress)
             nulls += more_nulls
-            if bar.n == limit:
+            if done == limit:
                 break
 
     tokens, shards, val_tokens = np.concatenate(parts), progress["shards"], shard_tokens
     if shards == 0:  # a small text: its beginning is for validation
         if size < 2:
-            raise ValueError(f"{made_with['source']}: {size} tokens; validation and training "
-                             "need one each")
+            raise ValueError(f"{made_with['source']}: {size} tokens are too few to split")
         shards, val_tokens = 1, validation_tokens(tokens, tokenizer.eot)
         save_shard(0, tokens[:val_tokens])
         tokens = tokens[val_tokens:]
     save_shard(shards, tokens)
-    write_meta(out, tokenizer, bar.n - val_tokens, val_tokens, made_with)
+    write_meta(out, tokenizer, done - val_tokens, val_tokens, made_with)
     os.unlink(progress_path)
     if nulls:
         print(f"{out}: skipped {nulls} rows whose `{made_with['column']}` is null")
@@ -354,9 +352,9 @@ def prepare_stdlib(out):
     cannot be written.
     """
     stdlib, parts = sysconfig.get_path("stdlib"), {"train": [], "val": []}
+    others = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
     for name in sorted(glob.glob("**/*.py", root_dir=stdlib, recursive=True)):
-        others = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
-        if not others & {*name.split(os.sep)}:
+        if not others.intersection(name.split(os.sep)):
             split = "val" if zlib.crc32(name.encode()) % 20 == 0 else "train"
             document = np.fromfile(os.path.join(stdlib, name), np.uint8)
             parts[split] += [[ByteTokenizer.eot], document]
@@ -388,7 +386,7 @@ def number(text):
 def arguments():
     parser = argparse.ArgumentParser(
         description="Turn text into token shards. A .txt FILE IS ONE DOCUMENT, however long; with "
-        "--lines EACH LINE IS ONE. Started again with the same arguments, it goes on.")
+        "--lines EACH LINE IS ONE. The same command continues after an interruption.")
     parser.error = fail
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     source.add_argument("--subset", default="sample-10BT", help="of FineWeb (default: %(default)s)")

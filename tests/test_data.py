@@ -619,7 +619,7 @@ GOOD = b'{"text": "good"}\n'
     ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "Truncated"),
     ("a.parquet", b"PAR1 noise PAR1", "arquet"),
     ("a.parquet", {"content": ["x"]}, "no text in column `text`"),
-    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.txt", b"", "need one each"),
+    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.txt", b"", "0 tokens are too few"),
     ("a.jsonl", b'{"text": null}\n', "no text in column `text`"),
     ("a.jsonl", b'{"content": "x"}\n' * 2**20 + GOOD, "no text in column `text`"),
     ("a.jsonl", GOOD + b"{", "line 2 is not a JSON object"),
