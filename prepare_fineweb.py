@@ -30,8 +30,8 @@ from data import read_meta, read_shard, write_atomically, write_shard
 FINEWEB = "HuggingFaceFW/fineweb"
 BATCH_CHARS = 2**20  # of text that a thread encodes at once
 # tiktoken overflows its stack on half a million blanks, so long texts are encoded in pieces. They
-# end before a space that follows a word where they can, since no token crosses such a place.
-PIECE = re.compile(r"(?s).{,65535}(?:\S(?= )|.\Z)|.{1,65536}")
+# end before a blank that follows a word where they can, since no token crosses such a place.
+PIECE = re.compile(r"(?s).{,65535}(?:\S(?=[ \t\n])|.\Z)|.{1,65536}")
 
 
 def fail(message, status=2):  # 2: usage error, 1: failed while running
@@ -119,10 +119,15 @@ def read_lines(file, column):
 
 
 def read_text(file, column):
-    """The pieces of one document, each a batch of its own."""
-    text = open_text(file)
-    while piece := "".join(text.readlines(BATCH_CHARS)):
-        yield piece
+    """The parts of one document, each at least BATCH_CHARS long and so a batch of its own."""
+    text, size = open_text(file), BATCH_CHARS + 2**16
+    rest = text.read(size)
+    while more := text.read(size):
+        *pieces, last = PIECE.findall(rest)
+        yield "".join(pieces)
+        rest = last + more
+    if rest:
+        yield rest
 
 
 READERS = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
@@ -271,10 +276,14 @@ def validation_tokens(tokens, eot):
 def prepare(out, files, tokenizer, made_with, progress):
     """Tokenize the files into shards; `progress` is what an interrupted run has left, or {}."""
     shard_tokens, limit = made_with["shard_tokens"], made_with["tokens"]
+    progress_path = os.path.join(out, "progress.json")
+    sizes = [os.path.getsize(path) for path in files if not path.startswith("hf://")]
     if not progress:
         refuse_other_shards(out, ())
-        progress = {**made_with, "shards": 0, "position": [0, 0], "skip": 0, "nulls": 0}
-    progress_path = os.path.join(out, "progress.json")
+        progress = {**made_with, "sizes": sizes, "shards": 0, "position": [0, 0], "skip": 0,
+                    "nulls": 0}
+    if progress.get("sizes") != sizes:  # older versions did not write them
+        fail(f"{progress_path}: begun with files of other sizes; give another --out")
     stem = os.path.join(out, os.path.basename(os.path.abspath(out)))
 
     def save_shard(i, tokens):
@@ -287,7 +296,12 @@ def prepare(out, files, tokenizer, made_with, progress):
     with tqdm(initial=done, total=limit, unit=" tokens", unit_scale=True, mininterval=1) as bar:
         for position, more_nulls, tokens in encode_batches(batches, tokenizer):
             # a shard may end inside a batch: a resumed run skips what that shard holds
-            skip = progress["skip"] if position == progress["position"] else 0
+            skip, crc = 0, zlib.crc32(tokens)
+            if position == progress["position"]:
+                skip = progress["skip"]
+                if crc != progress.get("crc", crc):
+                    raise ValueError(f"{progress_path}: begun with another text; give another "
+                                     "--out")
             end = skip + limit - done if limit else None
             tokens = tokens[skip:end]
             parts.append(tokens)
@@ -299,7 +313,7 @@ def prepare(out, files, tokenizer, made_with, progress):
                 save_shard(progress["shards"], rest[:shard_tokens])
                 parts, size = [rest[shard_tokens:]], size - shard_tokens
                 progress.update(shards=progress["shards"] + 1, position=position,
-                                skip=skip + len(tokens) - size, nulls=nulls)
+                                skip=skip + len(tokens) - size, nulls=nulls, crc=crc)
                 write_json(progress_path, progress)
             nulls += more_nulls
             if done == limit:
@@ -418,7 +432,6 @@ def main():
         fetch_shards(args.out, args.shards)
     else:
         made_with = {"source": " ".join(args.files or (FINEWEB, args.subset)),
-                     "source_bytes": sum(os.path.getsize(path) for path in args.files or ()),
                      "tokenizer": args.tokenizer, "lines": args.lines, "column": args.column,
                      "tokens": args.tokens, "shard_tokens": args.shard_tokens}
         found = open_folder(args.out, made_with)
