@@ -4,11 +4,9 @@ A shard is 256 little-endian int32 (magic, version, number of tokens, then zeros
 little-endian uint16: the format of llm.c, modded-nanogpt and dion. Ours are <name>_train_000000.bin
 and so on; any .bin file counts whose name has the word train or val in it.
 """
-import errno
 import json
 import os
 import re
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,16 +15,8 @@ import numpy as np
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
-@lru_cache(maxsize=None)
-def warn_once(message):
-    print("warning:", message, file=sys.stderr, flush=True)
-
-
 def write_atomically(path, write):
-    """Calls write(file) and puts what it wrote in the place of `path`.
-
-    OSError if that fails; `path` is then as it was.
-    """
+    """Replace `path` by what write(file) writes, or leave it as it is and raise OSError."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -38,22 +28,6 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as e:  # torch.save raises both
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {e}")
-    sync_folder(path.parent)
-
-
-def sync_folder(path):
-    """Make the names in a folder survive a loss of power, where the file system can do that."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as e:
-        if e.errno == errno.EIO:
-            raise OSError(f"{path}: a new file in it may be lost: {e.strerror}")
-        warn_once(f"this file system cannot sync a folder ({e.strerror}): "
-                  "a loss of power may undo the last files written")
 
 
 def write_shard(path, tokens):
@@ -79,10 +53,9 @@ def shard_length(path):
     if len(header) < HEADER_BYTES:
         raise ValueError(f"{path}: too short to be a token shard ({size} bytes)")
     magic, version, n = np.frombuffer(header, "<i4")[:3].tolist()
-    if magic != MAGIC:
-        raise ValueError(f"{path}: not a token shard (magic number {magic}, expected {MAGIC})")
-    if version != VERSION:
-        raise ValueError(f"{path}: unknown shard version {version} (expected {VERSION})")
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(f"{path}: not a token shard (magic number {magic}, version {version}; "
+                         f"expected {MAGIC}, {VERSION})")
     if size != HEADER_BYTES + 2 * n:
         held = (size - HEADER_BYTES) / 2
         raise ValueError(f"{path}: header counts {n} tokens, but the file holds {held:g}")
@@ -94,18 +67,14 @@ def read_shard(path):
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(shard_length(path),))
 
 
-def check_folder(data_dir):
-    if not os.path.isdir(data_dir):
-        raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
-
-
 def read_meta(data_dir):
     """What meta.json says about the tokens: at least tokenizer (str) and vocab_size (int).
 
     Shards without a meta.json are taken as GPT-2's. FileNotFoundError if there is no such folder,
     ValueError if the file does not parse or lacks one of the two.
     """
-    check_folder(data_dir)
+    if not os.path.isdir(data_dir):
+        raise FileNotFoundError(f"{data_dir}: no such data folder; prepare_fineweb.py makes one")
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
         return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
@@ -114,10 +83,9 @@ def read_meta(data_dir):
             meta = json.load(f)
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("tokenizer"), str):
-        raise ValueError(f"{path}: `tokenizer` must be there and be a string")
-    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
-        raise ValueError(f"{path}: `vocab_size` must be there and be a positive integer")
+    if not (isinstance(meta, dict) and isinstance(meta.get("tokenizer"), str)
+            and isinstance(meta.get("vocab_size"), int) and meta["vocab_size"] > 0):
+        raise ValueError(f"{path}: needs `tokenizer`, a string, and `vocab_size`, an integer > 0")
     return meta
 
 
@@ -128,10 +96,7 @@ def permutation(n, *key):
 
 
 def split_of(name):
-    """"train", "val" or None: the last of these words in the name of a .bin file.
-
-    The last, since the name of the folder, and so of its shards, may itself contain _val_.
-    """
+    """"train", "val" or None: the last such word, for the folder's name may hold the other one."""
     words = re.findall(r"(?<![a-z])(?:train|val)(?![a-z])", name) if name.endswith(".bin") else []
     return words[-1] if words else None
 
@@ -150,13 +115,11 @@ class TokenBatches:
     """
 
     def __init__(self, data_dir, split, block_size, vocab_size, seed=0):
-        check_folder(data_dir)
-        splits = {name: split_of(name) for name in sorted(os.listdir(data_dir))}
-        if not any(splits.values()):
-            raise FileNotFoundError(f"{data_dir}: no token shards; prepare_fineweb.py makes some")
-        shards = [os.path.join(data_dir, name) for name in splits if splits[name] == split]
+        shards = [os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir))
+                  if split_of(name) == split]
         if not shards:
-            raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin) here")
+            raise FileNotFoundError(f"{data_dir}: no {split} shard (*_{split}_000000.bin); "
+                                    "prepare_fineweb.py makes them")
         lengths = {path: shard_length(path) for path in shards}
         self.lengths = {path: n for path, n in lengths.items() if n > block_size}
         if not self.lengths:
@@ -186,10 +149,10 @@ class TokenBatches:
     def get(self, positions):
         """(inputs, targets), both int64 (len(positions), block_size), targets one token ahead.
 
-        ValueError names the shard that holds a token beyond vocab_size, or that is no longer what
-        it was when opened; OSError if it is gone.
+        ValueError names the shard that holds a token beyond vocab_size or is no longer whole;
+        OSError if it is gone.
         """
-        import torch  # here: prepare_fineweb.py's workers, which import this file, do not need it
+        import torch  # here: it takes seconds, and prepare_fineweb.py does without it
 
         batch = np.empty((len(positions), self.block_size + 1), np.int64)
         maps = {}  # for one batch only: the pages of a map stay resident as long as it lives
@@ -198,9 +161,6 @@ class TokenBatches:
             path = self.paths[shard]
             if path not in maps:
                 maps[path] = read_shard(path)
-                if len(maps[path]) != self.lengths[path]:
-                    raise ValueError(f"{path}: changed while in use "
-                                     f"({self.lengths[path]} tokens when opened)")
             row[:] = maps[path][sequence * self.block_size : (sequence + 1) * self.block_size + 1]
             if row.max() >= self.vocab_size:
                 raise ValueError(f"{path}: holds token {row.max()}, beyond vocab_size "

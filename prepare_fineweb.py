@@ -4,59 +4,42 @@
     python prepare_fineweb.py --files a.parquet b.jsonl.gz c.txt --out data/mine
     python prepare_fineweb.py --shards 10                     # FineWeb that is tokenized already
 
-Every document is preceded by the end-of-text token and documents run on across shards, of which
-the first is for validation. A text file is ONE document, unless --lines makes each of its lines
-one. Interrupted and started again with the same arguments, it goes on after the last complete
-shard.
+The end-of-text token precedes every document, and documents run on across shards. The first shard
+is for validation. A text file is ONE document; with --lines each of its lines is one. The same
+command, started again after an interruption, continues after the last complete shard.
 """
 import argparse
-import codecs
 import glob
-import gzip
 import io
 import json
-import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
-import threading
 import zlib
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import closing
-from functools import cached_property
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
-from data import read_meta, read_shard, warn_once, write_atomically, write_shard
+from data import read_meta, read_shard, write_atomically, write_shard
 
 FINEWEB = "HuggingFaceFW/fineweb"
-SUBSET_TOKENS = {"sample-10BT": 10.35e9, "sample-100BT": 103e9}  # GPT-2's, about: for the time left
-BATCH_CHARS = 2**20  # of text that a worker encodes at once
-BAR = {"unit": " tokens", "unit_scale": True, "mininterval": 1}
-KIND = re.compile(r"(\.parquet$)|(\.jsonl?|\.ndjson|\.txt)(\.gz|\.zst|)$", re.IGNORECASE)
-# A text up to its last break: where the two sides have the tokens of the whole. tiktoken's matches
-# end before a blank (Python counts \x1c to \x1f as blanks too), and behind a word before
-# punctuation; among blanks, no token of GPT-2 holds two of these kinds, save two newlines.
-UP_TO_BREAK = re.compile(r"(?s).*(?:\S(?=[^\S\x1c-\x1f])|[^\W_](?=[!-/:-@\[-`{-~。，、！？])"
-                         r"|[ \t\r](?=[ \t\r\n])|\n(?=[ \t\r]))")
+BATCH_CHARS = 2**20  # of text that a thread encodes at once
+# tiktoken overflows its stack on half a million blanks, so long texts are encoded in pieces. They
+# end before a blank that follows a word where they can, since no token crosses such a place.
+PIECE = re.compile(r"(?s).{,65535}(?:\S(?=[ \t\n])|.\Z)|.{1,65536}")
 
 
-class Refused(Exception):
-    """The command line asks for what cannot be: exit status 2."""
+def fail(message, status=2):  # 2: usage error, 1: failed while running
+    print("prepare_fineweb.py:", *str(message).split(), file=sys.stderr)
+    sys.exit(status)
 
 
-def first_piece(text, size):
-    """The longest beginning, up to `size` characters, that ends at a break; else `size` of them."""
-    found = UP_TO_BREAK.match(text, 0, size) if len(text) > size else None
-    return found[0] if found else text[:size]
-
+# ---- tokenizers
 
 class GPT2Tokenizer:
     name, vocab_size, eot = "gpt2", 50257, 50256
@@ -65,19 +48,14 @@ class GPT2Tokenizer:
         import tiktoken
 
         self.encoding = tiktoken.get_encoding("gpt2")
-
-    @cached_property  # which workers that only encode do not need
-    def symbols(self):
-        return [self.encoding.decode_single_token_bytes(token) for token in range(self.vocab_size)]
+        self.symbols = [self.encoding.decode_single_token_bytes(t) for t in range(self.vocab_size)]
 
     def encode(self, text):
-        # in pieces: some 500,000 blanks overflow the stack of tiktoken's regular expression
-        start, parts = 0, [np.empty(0, np.uint16)]
-        while start < len(text):
-            piece = first_piece(text[start : start + 2**16 + 1], 2**16)
-            parts.append(np.array(self.encoding.encode_ordinary(piece), np.uint16))
-            start += len(piece)
-        return np.concatenate(parts)
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+        parts = [np.empty(0, np.uint32)]
+        for piece in PIECE.findall(text):
+            parts.append(self.encoding.encode_to_numpy(piece, disallowed_special=()))
+        return np.concatenate(parts).astype(np.uint16)
 
     def decode(self, tokens):
         known = [t for t in np.asarray(tokens).tolist() if t < self.vocab_size]
@@ -111,93 +89,56 @@ def get_tokenizer(name):
     return TOKENIZERS[name]()
 
 
-# The readers yield (place, text or None) of every document from a place in an open file on. The
-# place is a byte (of the uncompressed file) or, in parquet and JSON lists, a row.
+# ---- reading: each reader yields the texts of an open file, None where a row has none
 
-
-def read_text(file, place, column):
-    """The file is one document, in pieces of at most BATCH_CHARS."""
-    decoder, text, ended = codecs.getincrementaldecoder("utf-8")(), "", False
-    skip_bytes(file, place)
-    while text or not ended:
-        while len(text) <= BATCH_CHARS and not ended:
-            block = file.read(BATCH_CHARS)
-            ended = not block
-            text += decoder.decode(block, final=ended)
-        piece = first_piece(text, BATCH_CHARS)
-        yield place, piece if place else piece.removeprefix("\ufeff")
-        place += len(piece.encode())
-        text = text[len(piece) :]
-
-
-def read_lines(file, place, column):
-    skip_bytes(file, place)
-    for line in file:
-        text = line.decode().removesuffix("\n").removesuffix("\r")
-        yield place, text if place else text.removeprefix("\ufeff")
-        place += len(line)
-
-
-def skip_bytes(file, n):
-    if file.seekable():
-        file.seek(n)
-    else:
-        while n > 0:
-            n -= len(file.read(min(n, BATCH_CHARS))) or n
-
-
-def read_json(file, place, column):
-    """An object a line, or one list of objects."""
-    decode = json.JSONDecoder(parse_int=float).decode  # int() limits the digits
-
-    def parse(at, text):
-        try:
-            return decode(text)
-        except ValueError as e:
-            raise ValueError(f"not JSON at byte {at}: {e}") from None
-
-    if file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
-        rows = islice(enumerate(parse(0, file.read().decode("utf-8-sig"))), place, None)
-    else:
-        lines = read_lines(file, place, column)
-        rows = ((at, parse(at, line)) for at, line in lines if line.strip())
-    found, without = place > 0, 0
-    for at, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"rows must be JSON objects, found {row!r:.40}")
-        found = found or column in row
-        if found:
-            yield from ((at, None) for _ in range(without))
-            yield at, row.get(column)
-        without = 0 if found else without + 1
-        if without == 1000:
-            break
-    if without:
-        raise no_column(column, row)
-
-
-def read_parquet(file, place, column):
+def read_parquet(file, column):
     import pyarrow.parquet
 
-    table, row = pyarrow.parquet.ParquetFile(file), 0
-    if table.metadata.num_rows and column not in table.schema_arrow.names:
-        raise no_column(column, table.schema_arrow.names)
-    for group in range(table.num_row_groups):
-        end = row + table.metadata.row_group(group).num_rows
-        for batch in table.iter_batches(256, [group], [column]) if end > place else ():
-            for text in batch.column(0).to_pylist():
-                if row >= place:
-                    yield row, text
-                row += 1
-        row = end
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=[column]):
+        for row in batch.to_pylist():
+            yield row.get(column)
+
+
+def open_text(file):
+    return io.TextIOWrapper(file, "utf-8-sig", newline="\n")  # "\n" leaves "\r" as it is
+
+
+def read_json(file, column):
+    for n, line in enumerate(open_text(file), 1):
+        if line.strip():
+            try:
+                text = json.loads(line).get(column)
+            except (ValueError, AttributeError):
+                raise ValueError(f"line {n} is not a JSON object: {line:.40}") from None
+            yield text
+
+
+def read_lines(file, column):
+    for line in open_text(file):
+        yield line.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(file, column):
+    """The parts of one document, each at least BATCH_CHARS long and so a batch of its own."""
+    text, size = open_text(file), BATCH_CHARS + 2**16
+    rest = text.read(size)
+    while more := text.read(size):
+        *pieces, last = PIECE.findall(rest)
+        yield "".join(pieces)
+        rest = last + more
+    if rest:
+        yield rest
 
 
 READERS = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
            ".txt": read_text}
 
 
-def no_column(column, others):
-    return ValueError(f"has no `{column}` column; --column names another: {', '.join(others)}")
+def kind_of(path):
+    """(reader or None, compression or None), by the ending of the name."""
+    stem, suffix = os.path.splitext(path.lower())
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(suffix)
+    return READERS.get(os.path.splitext(stem)[1] if codec else suffix), codec
 
 
 def open_binary(path):
@@ -206,210 +147,190 @@ def open_binary(path):
         import huggingface_hub
 
         return huggingface_hub.HfFileSystem().open(path)
-    if path.lower().endswith(".zst"):
-        import pyarrow
+    import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
+    return pyarrow.input_stream(path, compression=kind_of(path)[1])
 
 
 def list_subset(subset):
-    """Where the files of a subset of FineWeb are."""
+    """The paths (hf://…) of a subset of FineWeb."""
     import datasets
 
     datasets.logging.set_verbosity(100)  # above CRITICAL: it logs what it raises
     try:
         return sorted(datasets.load_dataset_builder(FINEWEB, subset).config.data_files["train"])
-    except Exception as e:  # the errors of the network and of the hub have nothing in common
+    except Exception as e:  # the errors of the network and of the hub have no base in common
         raise ValueError(f"{FINEWEB} {subset}: {str(e) or type(e).__name__}") from e
 
 
-def read_batches(files, column, lines, position):
-    """Yield (position, [(whether a document begins, text), …]), about BATCH_CHARS each.
+def cut_batches(texts):
+    """Yield lists of texts of about BATCH_CHARS together."""
+    batch, size = [], 0
+    for text in texts:
+        if not isinstance(text, str | None):
+            raise ValueError(f"a text must be a string, found {text!r:.40}")
+        batch.append(text)
+        size += 1 + len(text or "")
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
-    position: the file and the place in it where the batch begins, and the null rows before it. The
-    last batch is empty: where the text ends.
+
+def read_batches(files, column, lines, start):
+    """Yield ([file, batch], texts, continued), from the position `start` = [file, batch] on.
+
+    continued: the first text continues the document of the batch before.
     """
-    nulls = position["nulls"]
-    for i in range(position["source"], len(files)):
-        batch, size, start = [], 0, position["place"] if i == position["source"] else 0
+    for i in range(start[0], len(files)):
+        reader, _ = kind_of(files[i])
+        reader = read_lines if lines and reader is read_text else reader
         try:
-            kind = (KIND.search(files[i])[1] or KIND.search(files[i])[2]).lower()
-            reader = read_lines if lines and kind == ".txt" else READERS[kind]
             with open_binary(files[i]) as file:
-                for place, text in reader(file, start, column):
-                    if text is None:
-                        nulls += 1
-                        continue
-                    if not isinstance(text, str):
-                        raise ValueError(f"`{column}` must be a string, found {text!r:.40}")
-                    if not batch:
-                        here = {"source": i, "place": place, "nulls": nulls}
-                    batch.append((reader is not read_text or place == 0, text))
-                    size += len(text) + 1
-                    if size >= BATCH_CHARS:
-                        yield here, batch
-                        batch, size = [], 0
-            if batch:
-                yield here, batch
+                for n, texts in enumerate(cut_batches(reader(file, column))):
+                    if n == 0 and not any(text is not None for text in texts):
+                        raise ValueError(f"no text in column `{column}`; --column names another")
+                    if [i, n] >= start:  # those before it were encoded by an interrupted run
+                        yield [i, n], texts, reader is read_text and n > 0
         except UnicodeDecodeError as e:
             raise ValueError(f"{files[i]}: not UTF-8 ({e})") from e
-        except Exception as e:  # those of the formats and of the network have nothing in common
+        except Exception as e:  # the errors of formats and of the network have no base in common
             raise ValueError(f"{files[i]}: {str(e) or type(e).__name__}") from e
-    yield {"source": len(files), "place": 0, "nulls": nulls}, []
 
 
-def start_worker(name):
-    def die_with_parent():  # a parent killed with -9 cannot tell its workers
-        multiprocessing.parent_process().join()
-        os._exit(1)
+# ---- encoding
 
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    global tokenizer
-    tokenizer = get_tokenizer(name)
-
-
-def encode_batch(batch):
+def encode_batch(tokenizer, texts, continued):
     parts = [np.empty(0, np.uint16)]
-    for begins, text in batch:
-        parts += [[tokenizer.eot]] * begins + [tokenizer.encode(text)]
-    return np.concatenate(parts).astype(np.uint16)
+    for text in texts:
+        if text is not None:
+            parts += [np.uint16([tokenizer.eot]), tokenizer.encode(text)]
+    return np.concatenate(parts)[continued:]  # no eot inside a document
 
 
-def encode_batches(batches, tokenizer_name, processes):
-    """Yield (position, tokens uint16 (n,)) of every batch, in order, reading only a few ahead."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, start_worker, (tokenizer_name,))
-    pending = deque()
-    try:
-        for position, batch in batches:
-            # workers start here and inherit the mask: Ctrl-C reaches every process, but only this
-            # one should heed it
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            pending.append((position, pool.submit(encode_batch, batch)))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            if len(pending) > 2 * processes:
-                position, tokens = pending.popleft()
-                yield position, tokens.result()
-        for position, tokens in pending:
-            yield position, tokens.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def encode_batches(batches, tokenizer):
+    """Yield (position, number of nulls, tokens uint16 (n,)) of each batch, in order.
 
+    There is a thread for each core: tiktoken releases the GIL. Only a few batches are read ahead.
+    """
+    pending, cores = deque(), os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        for position, texts, continued in batches:
+            tokens = pool.submit(encode_batch, tokenizer, texts, continued)
+            pending.append((position, texts.count(None), tokens))
+            if len(pending) > 2 * cores:
+                position, nulls, tokens = pending.popleft()
+                yield position, nulls, tokens.result()
+        for position, nulls, tokens in pending:
+            yield position, nulls, tokens.result()
+
+
+# ---- writing
 
 def write_json(path, value):
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
-def write_meta(out, tokenizer, train_tokens, val_tokens, **more):
+def write_meta(out, tokenizer, train_tokens, val_tokens, made_with):
     write_json(os.path.join(out, "meta.json"), {
         "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-        "train_tokens": train_tokens, "val_tokens": val_tokens, **more})
+        "train_tokens": train_tokens, "val_tokens": val_tokens, **made_with})
 
 
-def open_folder(out, **arguments):
-    """Make the folder, lock it until this process ends, return what its meta.json and its
-    progress.json hold, or None.
+def open_folder(out, made_with):
+    """Make the folder if need be. Return its meta.json, its progress.json, or {} if it has neither.
 
-    Refused if either says that the folder was made with other arguments.
+    Usage error if it was made with other arguments than `made_with`.
     """
-    try:
-        import fcntl  # here: who only imports a tokenizer may lack it (Windows)
-    except ImportError:
-        raise OSError("needs Linux or macOS: this system cannot lock the folder") from None
-
     os.makedirs(out, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refused(f"{out}: another process is at work in this folder") from None
-    except OSError as e:  # NFS and cluster file systems
-        warn_once(f"{out} cannot be locked ({e.strerror}): let no second process work in it")
-    found = []
-    for path in (os.path.join(out, "meta.json"), os.path.join(out, "progress.json")):
-        try:
-            with open(path, encoding="utf-8") as f:
-                found.append(json.load(f))
-            for key in arguments:
-                if found[-1].get(key) != arguments[key]:
-                    raise Refused(f"{path}: made with another {key} ({found[-1].get(key)}); "
-                                  "give another --out")
-        except FileNotFoundError:
-            found.append(None)
-        except (ValueError, AttributeError):
-            raise Refused(f"{path}: does not parse; give another --out") from None
-    return found
+    for name in ("meta.json", "progress.json"):
+        path = os.path.join(out, name)
+        if os.path.exists(path):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    found = json.load(file)
+            except ValueError as e:
+                fail(f"{path}: not valid JSON ({e}); give another --out")
+            for key, value in made_with.items():
+                if found.get(key) != value:
+                    fail(f"{path}: made with another {key}, {found.get(key)}; give another --out")
+            return found
+    return {}
 
 
-def refuse_foreign(out, ours):
-    if foreign := {name for name in os.listdir(out) if name.endswith(".bin")} - {*ours}:
-        path = os.path.join(out, min(foreign))
-        raise Refused(f"{path}: not a shard of this data; give another --out")
+def refuse_other_shards(out, ours):
+    """Usage error if the folder holds shards that training would mix with ours."""
+    others = {name for name in os.listdir(out) if name.endswith(".bin")} - set(ours)
+    if others:
+        fail(f"{os.path.join(out, min(others))}: not a shard of this data; give another --out")
 
 
-def prepare(out, list_files, what, tokenizer, processes, expected):
-    """Tokenize list_files(). what: options that a rerun must repeat; expected: tokens, about."""
-    tokens, shard_tokens = what["tokens"], what["shard_tokens"]
-    meta, progress = open_folder(out, tokenizer=tokenizer.name, **what)
-    stem = os.path.join(out, os.path.basename(os.path.abspath(out)))
+def validation_tokens(tokens, eot):
+    """How long the first tenth of a small text is, by whole documents; a single one is cut."""
+    tenth = max(1, len(tokens) // 10)
+    starts = np.flatnonzero(tokens == eot)
+    return int(max(starts[1], starts[starts <= tenth][-1])) if len(starts) > 1 else tenth
+
+
+def prepare(out, files, tokenizer, made_with, progress):
+    """Tokenize the files into shards; `progress` is what an interrupted run has left, or {}."""
+    shard_tokens, limit = made_with["shard_tokens"], made_with["tokens"]
     progress_path = os.path.join(out, "progress.json")
-    if meta:
-        if progress:
-            os.unlink(progress_path)
-        return
+    sizes = [os.path.getsize(path) for path in files if not path.startswith("hf://")]
     if not progress:
-        refuse_foreign(out, ())
-        progress = {**what, "tokenizer": tokenizer.name, "shards": 0, "skip": 0, "crc32": None,
-                    "position": {"source": 0, "place": 0, "nulls": 0}}
-    paths = [f"{stem}_val_000000.bin"]
-    paths += [f"{stem}_train_{i:06d}.bin" for i in range(progress["shards"])]
-    for path in paths[:-1]:
-        read_shard(path)
+        refuse_other_shards(out, ())
+        progress = {**made_with, "sizes": sizes, "shards": 0, "position": [0, 0], "skip": 0,
+                    "nulls": 0}
+    if progress.get("sizes") != sizes:  # older versions did not write them
+        fail(f"{progress_path}: begun with files of other sizes; give another --out")
+    stem = os.path.join(out, os.path.basename(os.path.abspath(out)))
 
-    # the first batch goes on from a position: `skip` tokens of it stand in the last shard already
-    done, skip, crc = progress["shards"] * shard_tokens, progress["skip"], progress["crc32"]
-    shard, filled = np.empty(shard_tokens, np.uint16), 0
-    texts = read_batches(list_files(), what["column"], what["lines"], progress["position"])
-    with closing(encode_batches(texts, tokenizer.name, processes)) as batches, \
-         tqdm(initial=done, total=tokens or expected, **BAR) as bar:
-        for position, batch in batches:
-            if crc not in (None, zlib.crc32(batch)):
-                raise ValueError(f"{what['source']}: is not the text that {out} was begun with, or "
-                                 "the tokenizer is another version; give another --out")
-            start, end = skip, min(len(batch), skip + (tokens or sys.maxsize) - done)
-            done, skip, crc = done + end - start, 0, None
-            bar.update(end - start)
-            while start < end:
-                # full shards wait for the next token: only then they are not the last
-                if filled == shard_tokens:
-                    write_json(progress_path, progress)  # first: a shard without it is foreign
-                    write_shard(paths[-1], shard)
-                    progress.update(shards=len(paths), position=position, skip=start,
-                                    crc32=zlib.crc32(batch))
-                    write_json(progress_path, progress)
-                    paths.append(f"{stem}_train_{len(paths) - 1:06d}.bin")
-                    filled = 0
-                n = min(shard_tokens - filled, end - start)
-                shard[filled : filled + n] = batch[start : start + n]
-                filled, start = filled + n, start + n
-            if done == tokens:
+    def save_shard(i, tokens):
+        write_json(progress_path, progress)  # first: it says whose shards these are
+        write_shard(f"{stem}_train_{i - 1:06d}.bin" if i else f"{stem}_val_000000.bin", tokens)
+
+    parts, size = [np.empty(0, np.uint16)], 0  # the tokens of the next shard, and their number
+    done, nulls = progress["shards"] * shard_tokens, progress["nulls"]
+    batches = read_batches(files, made_with["column"], made_with["lines"], progress["position"])
+    with tqdm(initial=done, total=limit, unit=" tokens", unit_scale=True, mininterval=1) as bar:
+        for position, more_nulls, tokens in encode_batches(batches, tokenizer):
+            # a shard may end inside a batch: a resumed run skips what that shard holds
+            skip, crc = 0, zlib.crc32(tokens)
+            if position == progress["position"]:
+                skip = progress["skip"]
+                if crc != progress.get("crc", crc):
+                    raise ValueError(f"{progress_path}: begun with another text; give another "
+                                     "--out")
+            end = skip + limit - done if limit else None
+            tokens = tokens[skip:end]
+            parts.append(tokens)
+            size += len(tokens)
+            done += len(tokens)
+            bar.update(len(tokens))
+            while size > shard_tokens:  # not when it is just full: it may be all there is
+                rest = np.concatenate(parts)
+                save_shard(progress["shards"], rest[:shard_tokens])
+                parts, size = [rest[shard_tokens:]], size - shard_tokens
+                progress.update(shards=progress["shards"] + 1, position=position,
+                                skip=skip + len(tokens) - size, nulls=nulls, crc=crc)
+                write_json(progress_path, progress)
+            nulls += more_nulls
+            if done == limit:
                 break
-    shard, val_tokens = shard[:filled], shard_tokens
-    if len(paths) == 1:  # a small text: its first tenth, by whole documents, is for validation
-        if filled < 2:
-            raise ValueError(f"{what['source']}: {filled} tokens; validation and training "
-                             "need one each")
-        starts, tenth = np.flatnonzero(shard == tokenizer.eot), max(1, filled // 10)
-        val_tokens = int(max(starts[1], *starts[starts <= tenth])) if len(starts) > 1 else tenth
-        write_json(progress_path, progress)
-        write_shard(paths[0], shard[:val_tokens])
-        paths, shard = [f"{stem}_train_000000.bin"], shard[val_tokens:]
-    write_shard(paths[-1], shard)
-    write_meta(out, tokenizer, done - val_tokens, val_tokens, **what)
+
+    tokens, shards, val_tokens = np.concatenate(parts), progress["shards"], shard_tokens
+    if shards == 0:  # a small text: its beginning is for validation
+        if size < 2:
+            raise ValueError(f"{made_with['source']}: {size} tokens are too few to split")
+        shards, val_tokens = 1, validation_tokens(tokens, tokenizer.eot)
+        save_shard(0, tokens[:val_tokens])
+        tokens = tokens[val_tokens:]
+    save_shard(shards, tokens)
+    write_meta(out, tokenizer, done - val_tokens, val_tokens, made_with)
     os.unlink(progress_path)
-    if position["nulls"]:
-        print(f"{out}: {position['nulls']} rows whose `{what['column']}` is null were skipped")
+    if nulls:
+        print(f"{out}: skipped {nulls} rows whose `{made_with['column']}` is null")
 
 
 def fetch_shards(out, n):
@@ -421,64 +342,54 @@ def fetch_shards(out, n):
     huggingface_hub.utils.disable_progress_bars()
     repo = "kjj0/fineweb10B-gpt2" if n <= 103 else "kjj0/fineweb100B-gpt2"
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, n + 1)]
-    open_folder(out, source=repo)
-    refuse_foreign(out, names)
-    partial, lengths = os.path.join(out, ".download"), []
-    with tqdm(total=10**8 * len(names), **BAR) as bar:
-        for name in names:
-            path = os.path.join(out, name)
-            try:
-                lengths.append(len(read_shard(path)))
-            except (OSError, ValueError):  # absent or not whole
-                got = os.path.join(partial, name)
-                try:
-                    huggingface_hub.hf_hub_download(repo, name, repo_type="dataset",
-                                                    local_dir=partial)
-                    lengths.append(len(read_shard(got)))
-                except Exception as e:  # httpx, the hub and the system have no error in common
-                    if os.path.exists(got):  # a bad one; what is only partly there has another name
-                        os.unlink(got)
-                    reason = str(e) or type(e).__name__
-                    raise ValueError(f"{repo}/{name}: download failed: {reason}") from e
-                os.replace(got, path)
-            bar.update(lengths[-1])
-    shutil.rmtree(partial, ignore_errors=True)
-    write_meta(out, GPT2Tokenizer, sum(lengths[1:]), lengths[0], source=repo)
+    open_folder(out, {"source": repo})
+    refuse_other_shards(out, names)
+    lengths = []
+    for name in tqdm(names, unit=" shards"):
+        try:
+            path = huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_dir=out)
+        except Exception as e:  # httpx, the hub and the system have no error in common
+            raise ValueError(f"{repo}/{name}: {str(e) or type(e).__name__}") from e
+        try:
+            lengths.append(len(read_shard(path)))
+        except ValueError:
+            os.unlink(path)  # or it would not be fetched again
+            raise
+    write_meta(out, GPT2Tokenizer, sum(lengths[1:]), lengths[0], {"source": repo})
 
 
 def prepare_stdlib(out):
-    """Make `out` from the Python standard library's source files, as bytes: a text always at hand.
+    """Make `out` from the bytes of Python's standard library: a text that needs no download.
 
     Whole files go to validation (1 in 20) or training. The folder appears complete or not at all;
     if two processes make it at once, the first wins and the other discards its own. OSError if it
     cannot be written.
     """
     stdlib, parts = sysconfig.get_path("stdlib"), {"train": [], "val": []}
-    for path in sorted(glob.glob(os.path.join(glob.escape(stdlib), "**", "*.py"), recursive=True)):
-        name = os.path.relpath(path, stdlib)
-        others = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
-        if not others & {*name.split(os.sep)}:
-            with open(path, "rb") as f:
-                document = np.frombuffer(f.read(), np.uint8)
+    others = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+    for name in sorted(glob.glob("**/*.py", root_dir=stdlib, recursive=True)):
+        if not others.intersection(name.split(os.sep)):
             split = "val" if zlib.crc32(name.encode()) % 20 == 0 else "train"
+            document = np.fromfile(os.path.join(stdlib, name), np.uint8)
             parts[split] += [[ByteTokenizer.eot], document]
-    parent, name = os.path.split(os.path.abspath(out))
+    tokens = {split: np.concatenate(documents) for split, documents in parts.items()}
+    parent = os.path.dirname(os.path.abspath(out))
     os.makedirs(parent, exist_ok=True)
-    building = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    try:
-        os.chmod(building, 0o755)  # mkdtemp's is for its owner alone
-        tokens = {split: np.concatenate(parts[split]) for split in parts}
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".") as temporary:
+        building = os.path.join(temporary, "stdlib")
+        os.mkdir(building)
         for split in tokens:
             write_shard(os.path.join(building, f"stdlib_{split}_000000.bin"), tokens[split])
         write_meta(building, ByteTokenizer, len(tokens["train"]), len(tokens["val"]),
-                   source=f"Python {sys.version.split()[0]} standard library")
-        os.rename(building, out)
-    except OSError:
-        if not os.path.exists(os.path.join(out, "meta.json")):
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+                   {"source": f"Python {sys.version.split()[0]} standard library"})
+        try:
+            os.rename(building, out)
+        except OSError:
+            if not os.path.exists(os.path.join(out, "meta.json")):
+                raise
 
+
+# ---- command line
 
 def number(text):
     if not 1 <= float(text) < 2**53 or float(text) % 1:
@@ -486,15 +397,15 @@ def number(text):
     return int(float(text))
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(
         description="Turn text into token shards. A .txt FILE IS ONE DOCUMENT, however long; with "
-        "--lines EACH LINE IS ONE. Started again with the same arguments, it goes on.")
-    parser.print_usage = lambda file: None  # a usage error gets one line
+        "--lines EACH LINE IS ONE. The same command continues after an interruption.")
+    parser.error = fail
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     source.add_argument("--subset", default="sample-10BT", help="of FineWeb (default: %(default)s)")
     source.add_argument("--files", nargs="+", metavar="FILE", help="parquet, JSON lines (.json, "
-                        ".jsonl, .ndjson) or text (.txt); all but parquet also .gz or .zst")
+                        ".jsonl, .ndjson) or text (.txt), also as .gz or .zst")
     source.add_argument("--shards", type=number, help="fetch ready shards of 100M GPT-2 tokens")
     add("--lines", action="store_true",
         help="EACH LINE of a .txt file is a document; without this THE WHOLE FILE IS ONE")
@@ -503,31 +414,30 @@ def main():
     add("--tokenizer", choices=TOKENIZERS, default="gpt2")
     add("--tokens", type=number, help="stop there, validation included; may be written 2.5e9")
     add("--shard-tokens", type=number, default=10**8, help="in every shard but the last (1e8)")
-    add("--processes", type=number, default=os.cpu_count(), help="that encode (default: all cores)")
     args = parser.parse_args()
+    for option in ("lines", "column", "tokenizer", "tokens", "shard_tokens"):
+        if args.shards and getattr(args, option) != parser.get_default(option):
+            fail(f"--shards fetches GPT-2 tokens as they are, without --{option.replace('_', '-')}")
+    for path in args.files or ():
+        if not kind_of(path)[0]:
+            fail(f"{path}: unknown kind of file; known: {', '.join(READERS)}, also as .gz or .zst")
+        if not os.path.isfile(path):
+            fail(f"{path}: no such file")
+    return args
+
+
+def main():
+    args = arguments()
     if args.shards:
-        if args.shards > 1030:
-            raise Refused(f"--shards {args.shards}: there are 1030")
-        for option in ("lines", "column", "tokenizer", "tokens", "shard_tokens"):
-            if getattr(args, option) != parser.get_default(option):
-                raise Refused("--shards fetches GPT-2 tokens as they are, without "
-                              f"--{option.replace('_', '-')}")
         fetch_shards(args.out, args.shards)
     else:
-        if args.shard_tokens >= 2**31:
-            raise Refused(f"--shard-tokens {args.shard_tokens}: must be below 2**31")
-        for path in args.files or ():
-            if not KIND.search(path):
-                raise Refused(f"{path}: unknown kind of file; known: {', '.join(READERS)}, all but "
-                              "the first also .gz or .zst")
-            if not os.path.isfile(path) or not os.path.getsize(path):
-                raise Refused(f"{path}: {'is empty' if os.path.isfile(path) else 'no such file'}")
-        what = {"source": " ".join(args.files or (FINEWEB, args.subset)), "lines": args.lines,
-                "column": args.column, "tokens": args.tokens, "shard_tokens": args.shard_tokens}
-        known = args.tokenizer == "gpt2" and not args.files
-        prepare(args.out, lambda: args.files or list_subset(args.subset), what,
-                get_tokenizer(args.tokenizer), args.processes,
-                SUBSET_TOKENS.get(args.subset) if known else None)
+        made_with = {"source": " ".join(args.files or (FINEWEB, args.subset)),
+                     "tokenizer": args.tokenizer, "lines": args.lines, "column": args.column,
+                     "tokens": args.tokens, "shard_tokens": args.shard_tokens}
+        found = open_folder(args.out, made_with)
+        if "train_tokens" not in found:  # else it is complete
+            files = args.files or list_subset(args.subset)
+            prepare(args.out, files, get_tokenizer(args.tokenizer), made_with, found)
     meta = read_meta(args.out)
     print(f"{args.out}: complete, {meta['train_tokens']} training tokens, "
           f"{meta['val_tokens']} validation tokens")
@@ -535,17 +445,9 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 0
     try:
         main()
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command goes on where it stopped"
-    except BrokenExecutor:
-        status, message = 1, "a worker died (out of memory?); the same command goes on"
-    except (Refused, OSError, ValueError) as e:
-        status, message = 2 if isinstance(e, Refused) else 1, str(e)
-    if status:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
-        print("prepare_fineweb.py:", *message.split(), file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(status)  # threads of the readers sometimes abort an ordinary exit
+        fail("interrupted; the same command continues where it stopped", 130)
+    except (OSError, ValueError) as e:
+        fail(e, 1)

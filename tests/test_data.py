@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 
 import prepare_fineweb
 from data import TokenBatches, read_meta, read_shard, write_shard
-from prepare_fineweb import get_tokenizer, open_folder
+from prepare_fineweb import get_tokenizer
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIKITEXT = os.path.join(HERE, "..", "shared", "data", "wikitext2.parquet")
@@ -128,10 +127,13 @@ def test_meta(tmp_path):
     assert read_meta(tmp_path) == {**BYTE_META, "source": "é"}
     for bad in ("{", "[]", "{}", '{"tokenizer": "byte"}', '{"vocab_size": 257}',
                 '{"tokenizer": 1, "vocab_size": 257}', '{"tokenizer": "byte", "vocab_size": "257"}',
-                '{"tokenizer": "byte", "vocab_size": 0}', "\x00"):
+                '{"tokenizer": "byte", "vocab_size": 0}',
+                "\x00"):
         (tmp_path / "meta.json").write_text(bad)
         with pytest.raises(ValueError, match="meta.json"):
             read_meta(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none: no such data folder; prepare_fineweb.py"):
+        read_meta(tmp_path / "none")
 
 
 # --- batches ---
@@ -189,8 +191,8 @@ def test_validation_keeps_its_order(tmp_path):
 
 
 @pytest.mark.parametrize("lengths, split, error, words", [
-    (None, "train", FileNotFoundError, "no such data folder"),
-    ((), "train", FileNotFoundError, "no token shards"),
+    (None, "train", FileNotFoundError, "No such file or directory"),
+    ((), "train", FileNotFoundError, "no train shard"),
     ((50,), "val", FileNotFoundError, "no val shard"),
     ((10, 5), "train", ValueError, "block_size \\+ 1 = 11")])
 def test_missing_shards(tmp_path, lengths, split, error, words):
@@ -220,34 +222,18 @@ def test_numbered_shards_keep_their_order(tmp_path):
     assert firsts == [9000, 0, 1000, 2000]
 
 
-def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, capfd):
-    def fsync(fd, real=os.fsync):
-        if stat.S_ISDIR(os.fstat(fd).st_mode) == (error != "file"):
-            raise OSError(error if error != "file" else errno.EIO, "trouble")
-        real(fd)
+def test_a_file_that_cannot_be_synced_leaves_what_was_there(tmp_path, monkeypatch):
+    def fsync(fd):
+        raise OSError(errno.EIO, "trouble")
 
+    write_shard(tmp_path / "a.bin", [1])
     monkeypatch.setattr("os.fsync", fsync)
-    for error in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EINVAL):
-        write_shard(tmp_path / "a.bin", [error])
-        assert read_shard(tmp_path / "a.bin").tolist() == [error]
-    seen = capfd.readouterr().err
-    assert seen.count("warning: ") == seen.count("\n") == 1 and "sync" in seen and "trouble" in seen
-    for error in ("file", errno.EIO):
-        with pytest.raises(OSError, match="trouble"):
-            write_shard(tmp_path / "b.bin", [1])
-    assert not list(tmp_path.glob("*.tmp")) and capfd.readouterr().err == ""
+    with pytest.raises(OSError, match="a.bin could not be written: .*trouble"):
+        write_shard(tmp_path / "a.bin", [2])
+    assert os.listdir(tmp_path) == ["a.bin"] and read_shard(tmp_path / "a.bin").tolist() == [1]
 
 
-def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capfd):
-    import fcntl
-    for error in (errno.ENOLCK, errno.EBADF):
-        monkeypatch.setattr(fcntl, "flock",
-                            lambda *_: (_ for _ in ()).throw(OSError(error, "none")))
-        assert open_folder(tmp_path / str(error)) == [None, None]
-        assert capfd.readouterr().err.count("cannot be locked (none)") == 1
-
-
-def test_bad_tokens_and_changed_shards(tmp_path):
+def test_bad_tokens_and_truncated_shards(tmp_path):
     path = make_folder(tmp_path, 101) / "my_val_0_train_000000.bin"
     TokenBatches(tmp_path, "train", 10, 101).get(range(10))
     with pytest.raises(ValueError, match="vocab_size 100") as e:
@@ -256,9 +242,6 @@ def test_bad_tokens_and_changed_shards(tmp_path):
     batches = TokenBatches(tmp_path, "train", 10, 101)
     os.truncate(path, 1100)
     with pytest.raises(ValueError, match="101 tokens"):
-        batches.get([0])
-    write_shard(path, range(51))
-    with pytest.raises(ValueError, match="changed while in use"):
         batches.get([0])
     path.unlink()
     with pytest.raises(OSError, match="my_val_0_train_000000.bin"):
@@ -310,6 +293,7 @@ def test_tokenizer(name):
                    torch.tensor([*hi.tolist(), tokenizer.eot, 50303])):
         assert tokenizer.decode(padded) == "hi<|endoftext|>"
     assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("�", "é")
+    assert tokenizer.decode(tokenizer.encode("a\ud83d")) == "a?"  # half a surrogate pair
     with pytest.raises(ValueError, match="gpt2, byte"):
         get_tokenizer("nope")
 
@@ -347,7 +331,7 @@ def write_corpus(folder, documents=DOCUMENTS):
 def test_files_to_shards(tmp_path):
     files = write_corpus(tmp_path)
     command = ["--files", *files, "--lines", "--out", "data/mine", "--tokenizer", "byte",
-               "--shard-tokens", "5_000", "--processes", 2]
+               "--shard-tokens", "5_000"]
     status, out, err = run(*command, cwd=tmp_path)
     assert status == 0 and not err
     expected, folder = as_bytes(DOCUMENTS * 3 + LINES * 2), tmp_path / "data" / "mine"
@@ -437,23 +421,24 @@ def test_a_text_file_is_one_document_cut_inside(tmp_path, name, pack):
 
 @needs_gpt2
 def test_a_text_file_has_the_tokens_of_the_whole(tmp_path):
+    """It is read and encoded in pieces, which end at no place that a token crosses."""
     import tiktoken
-    text = "\n".join(DOCUMENTS) + " word's\u3000x." + " " * 70001 + "\n\n\t" * 30001 + "漢字。" * 50000
-    text = text * 7  # batches of 2**20 characters end anywhere
+    text = ("\n".join(LINES) + " word's\u3000x.\n\n\n    if x:\n\t\treturn\n") * 60
+    assert len(text) > 3 * 2**20
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     assert run("--files", "a.txt", "--out", "x", cwd=tmp_path)[0] == 0
     assert flat(tmp_path / "x") == [50256, *tiktoken.get_encoding("gpt2").encode_ordinary(text)]
 
 
 @needs_gpt2
-def test_long_blanks_have_the_tokens_of_the_whole():
-    """A pattern that looks for a long run from each of its blanks took 6 minutes for this."""
+@pytest.mark.parametrize("unit", ["word and. ", "He's\n\n   here,  isn't\u3000he?\t", " \n 12 ",
+                                  "\x1cb a\x1f ", "漢字。" * 9 + " "], ids=repr)
+def test_a_long_document_has_the_tokens_of_the_whole(unit):
     import tiktoken
     gpt2, whole = get_tokenizer("gpt2"), tiktoken.get_encoding("gpt2").encode_ordinary
-    for blanks in (" ", "\n", "\t", "\r\n", "\xa0", " \xa0", " \n", "\n\n "):
-        for n in (1000, 29999, 70001, 99999):
-            text = "He said." + blanks * (n // len(blanks)) + "'s end, " * 20000
-            assert gpt2.encode(text).tolist() == whole(text), (blanks, n)
+    for first in range(len(unit)):  # so that pieces end anywhere in the unit
+        text = unit[first:] + unit * (150_000 // len(unit)) + "\n\n"
+        assert gpt2.encode(text).tolist() == whole(text)
 
 
 @needs_gpt2
@@ -468,23 +453,10 @@ def test_no_text_is_slow(unit):
     assert time.process_time() - begin < 1
 
 
-def processes_of(session):
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            state, _, _, of = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[:4]
-        except OSError:
-            continue
-        found += [int(pid)] if int(of) == session and state != "Z" else []
-    return found
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see the workers")
 def test_interrupted_and_started_again(tmp_path):
     documents = DOCUMENTS * 30
     files = write_corpus(tmp_path, documents)[:4]
-    command = ["--files", *files, "--lines", "--tokenizer", "byte", "--shard-tokens", "1e5",
-               "--processes", 2]
+    command = ["--files", *files, "--lines", "--tokenizer", "byte", "--shard-tokens", "1e5"]
     uninterrupted = start(*command, "--out", "whole/x", cwd=tmp_path)
     folder, expected, shards = tmp_path / "x", as_bytes(documents * 3 + LINES), 0
     n = -(-len(expected) // 10**5)
@@ -493,24 +465,17 @@ def test_interrupted_and_started_again(tmp_path):
         process = start(*command, "--out", "x", cwd=tmp_path)
         while shards < enough and process.poll() is None:
             shards = len(list(folder.glob("*.bin")))
-        if sign == signal.SIGINT:
-            os.killpg(process.pid, sign)  # as a terminal does: the workers get it too
-        else:
-            os.kill(process.pid, sign)
+        process.send_signal(sign)
         if sign == signal.SIGKILL:
             assert process.wait() == -sign
             process.stdout.close(), process.stderr.close()
         else:
-            refused(finish(process), 130, "the same command goes on")
-        deadline = time.time() + 20
-        while processes_of(process.pid) and time.time() < deadline:
-            time.sleep(0.05)
-        assert not processes_of(process.pid)
+            refused(finish(process), 130, "the same command continues")
         shards = len(list(folder.glob("*.bin")))
         assert enough <= shards < n and not (folder / "meta.json").exists()  # in the middle
         done = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
     # whole files are skipped
-    assert json.loads((folder / "progress.json").read_text())["position"]["source"] >= 2
+    assert json.loads((folder / "progress.json").read_text())["position"][0] >= 2
     refused(run(*command, "--out", "x", "--shard-tokens", "2e5", cwd=tmp_path), 2,
             "progress.json", "shard_tokens")
     assert run(*command, "--out", "x", cwd=tmp_path)[0] == 0
@@ -520,8 +485,8 @@ def test_interrupted_and_started_again(tmp_path):
     assert len(kept) >= len(done) - 1  # what was complete is not written again
 
 
-def test_files_of_the_hub_are_read_from_a_place(tmp_path, monkeypatch):
-    """The place is ours. datasets, whose own was wrong in version 5.0.0, only lists the files."""
+def test_files_of_the_hub_are_read_from_a_position(tmp_path, monkeypatch):
+    """The position is ours: the one of datasets 5.0.0 was wrong, so it only lists the files."""
     import huggingface_hub
 
     class Hub:
@@ -535,11 +500,9 @@ def test_files_of_the_hub_are_read_from_a_place(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     files = [f"hf://datasets/x/{name}" for name in ("a.parquet", "b.jsonl", "a.parquet")]
     read = lambda position: list(prepare_fineweb.read_batches(files, "text", False, position))
-    whole = read({"source": 0, "place": 0, "nulls": 0})
-    kept = [text for text in texts * 3 if text is not None]
-    assert [text for _, batch in whole for _, text in batch] == kept and len(whole) > 20
-    assert whole[-1][0]["nulls"] == 3 * len(texts) - len(kept)
-    for i, (position, _) in enumerate(whole):
+    whole = read([0, 0])
+    assert [text for _, batch, _ in whole for text in batch] == texts * 3 and len(whole) > 20
+    for i, (position, _, _) in enumerate(whole):
         assert read(position) == whole[i:]
 
 
@@ -552,47 +515,43 @@ def kill_when(folder, shards, *command):
     assert not (folder / "x" / "meta.json").exists()
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "a.txt", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt", "a.jsonl.zst"])
 def test_resumed_text_is_checked(tmp_path, name):
-    """Killed again and again; then the text is another one, or shorter: one line, nothing
+    """Killed again and again; then the text is longer, shorter or another: one line, nothing
     damaged."""
     def write(documents):
         path = tmp_path / name
-        rows = [json.dumps({"text": text}) for text in documents]
         if name == "a.parquet":
             write_parquet(path, text=documents)
         elif name == "a.txt":
             path.write_text("".join(filter(None, documents)), encoding="utf-8", newline="")
-        elif name == "a.json":
-            path.write_text(f"[{','.join(rows)}]")
         else:
             pack = zstd if name.endswith(".zst") else bytes
-            path.write_bytes(pack("\n".join(rows).encode()))
+            path.write_bytes(pack("\n".join(json.dumps({"text": t}) for t in documents).encode()))
 
     documents = [text if i % 7 else None for i, text in enumerate(DOCUMENTS * 40)]
     write(documents)
     kept = [text for text in documents if text is not None]
     expected = as_bytes(["".join(kept)] if name == "a.txt" else kept)
-    command = ["--files", name, "--tokenizer", "byte", "--shard-tokens", 20011, "--out", "x",
-               "--processes", 1]
+    command = ["--files", name, "--tokenizer", "byte", "--shard-tokens", 20011, "--out", "x"]
     total = -(-len(expected) // 20011)
-    for shards in (total // 4, total // 2):
+    for shards in (total // 4, total * 5 // 8):  # in the first batch of text and in the second
         kill_when(tmp_path, shards, *command)
     before = contents(tmp_path / "x")
-    write(["other"] + documents[1:-40] + documents[:1] if name == "a.txt" else documents[1:])
-    # a place in the middle of another line is no JSON
-    words = "JSON" if name.startswith("a.jsonl") else "not the text"
-    refused(run(*command, cwd=tmp_path), 1, name, words)
-    write(documents[:40])
-    refused(run(*command, cwd=tmp_path), 1, name, "not the text")
-    assert contents(tmp_path / "x") == before
+    for other in (documents + ["more"], documents[:40]):
+        write(other)
+        refused(run(*command, cwd=tmp_path), 2, "progress.json", "sizes")
+    if not name.endswith(("parquet", "zst")):  # of the same size
+        write([text and text.replace("e", "a") for text in documents])
+        refused(run(*command, cwd=tmp_path), 1, "progress.json", "another text")
+    write(documents)
     for more in (["--lines"], ["--column", "content"]):
         refused(run(*command, *more, cwd=tmp_path), 2, "progress.json", more[0][2:])
-    write(documents)
+    assert contents(tmp_path / "x") == before
     status, out, err = run(*command, cwd=tmp_path)
     assert status == 0 and flat(tmp_path / "x") == expected
     if name != "a.txt":  # counted over all the starts
-        assert f"{len(documents) - len(kept)} rows whose `text` is null were skipped" in out
+        assert f"skipped {len(documents) - len(kept)} rows whose `text` is null" in out
     for more in (["--lines"], ["--column", "content"]):
         refused(run(*command, *more, cwd=tmp_path), 2, "meta.json", more[0][2:])
 
@@ -602,11 +561,11 @@ def test_only_the_text_column_matters(tmp_path):
     rows += [{"text": "x", "lang": "en", "n": "one"},
              {"text": "\ud83d", "lang": {}, "n": [1.5, "a"]},
              {"n": 2}, {"text": None}, {"text": "12:30", "n": {"deep": None}}]
-    lines = "\n".join(map(json.dumps, rows)) + '\n\n{"n": ' + "9" * 5000 + ', "text": "last"}'
+    lines = "\n".join(map(json.dumps, rows)) + '\n\n{"n": ' + "9" * 4000 + ', "text": "last"}'
     assert len(lines) > 12 * 10**6
     (tmp_path / "a.jsonl").write_text(lines)
     status, out, _ = run("--files", "a.jsonl", "--tokenizer", "byte", "--out", "x", cwd=tmp_path)
-    assert status == 0 and "2 rows whose `text` is null were skipped" in out
+    assert status == 0 and "skipped 2 rows whose `text` is null" in out
     texts = [row["text"] for row in rows if row.get("text")]
     texts[texts.index("\ud83d")] = "?"
     assert flat(tmp_path / "x") == as_bytes([*texts, "last"])
@@ -619,24 +578,24 @@ def test_column(tmp_path):
                   content=pyarrow.array(texts).dictionary_encode(), text=list(range(12)))
     write_parquet(tmp_path / "b.parquet", content=pyarrow.array(texts, pyarrow.large_string()))
     (tmp_path / "c.jsonl").write_text('{"id": 1}\n' * 2 + '{"content": "c", "text": 3}\n')
-    (tmp_path / "d.json").write_text('[{"content": "d"}, {"content": null}]')
+    (tmp_path / "d.json").write_text('{"content": "d"}\n{"content": null}')
     files = ["a.parquet", "b.parquet", "c.jsonl", "d.json"]
     command = ["--files", *files, "--tokenizer", "byte", "--out", "x"]
     status, out, _ = run(*command, "--column", "content", cwd=tmp_path)
-    assert status == 0 and "9 rows whose `content` is null were skipped" in out
+    assert status == 0 and "skipped 9 rows whose `content` is null" in out
     assert flat(tmp_path / "x") == as_bytes(["a", "b", "a"] * 6 + ["c", "d"])
     refused(run(*command[:2], *command[5:], "--out", "y", "--column", "c", cwd=tmp_path), 1,
-            "no `c` column", "content")
+            "no text in column `c`", "--column")
 
 
 def test_kinds_of_files(tmp_path):
-    """Upper case, byte order marks, `::`, no rows, members one after another."""
+    """Upper case, byte order marks, odd names, no rows, members one after another."""
     row = lambda text: (json.dumps({"text": text}) + "\n").encode()
     files = {"A.JSONL": b"\xef\xbb\xbf" + row("a"), "b::c.txt": b"\xef\xbb\xbfb",
              "hf:::d.Txt": b"d",
              "e.ndjson.GZ": gzip.compress(row("e")) + gzip.compress(row("f")),
              "g.jsonl.zst": zstd(row("g")) + zstd(row("h")),
-             "i.json": b"\xef\xbb\xbf \n" + b'[{"text":"i"}]',
+             "i.json": b"\xef\xbb\xbf \n" + row("i"),
              "j.jsonl.gz": gzip.compress(b"")}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -662,14 +621,15 @@ GOOD = b'{"text": "good"}\n'
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"good\n\xff\xfe\n", "not UTF-8"),
     ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "not UTF-8"),
-    ("a.json", b'[{"content": "x"}]', "`text`"),
-    ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "ended before"),
+    ("a.json", b'[\n{"text": "x"}\n]', "line 1 is not a JSON object"),
+    ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "Truncated"),
     ("a.parquet", b"PAR1 noise PAR1", "arquet"),
-    ("a.parquet", {"content": ["x"]}, "no `text` column"),
-    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.jsonl", b'{"text": null}\n', "need one each"),
-    ("a.jsonl", b'{"content": "x"}\n' * 2000 + GOOD, "no `text` column"),
-    ("a.jsonl", GOOD + b"{", "JSON"),
-    ("a.jsonl", GOOD + b"[" * 10**5, "recursion"), ("a.jsonl", b"3\n", "must be JSON objects"),
+    ("a.parquet", {"content": ["x"]}, "no text in column `text`"),
+    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.txt", b"", "0 tokens are too few"),
+    ("a.jsonl", b'{"text": null}\n', "no text in column `text`"),
+    ("a.jsonl", b'{"content": "x"}\n' * 2**20 + GOOD, "no text in column `text`"),
+    ("a.jsonl", GOOD + b"{", "line 2 is not a JSON object"),
+    ("a.jsonl", GOOD + b"[" * 10**5, "recursion"), ("a.jsonl", b"3\n", "line 1 is not a JSON"),
     ("a.jsonl", GOOD + b'{"text": ["x"]}', "found ['x']"), ("a.txt.zst", b"noise", "a.txt.zst")])
 def test_bad_files(tmp_path, name, content, words):
     (write_parquet(tmp_path / name, **content) if isinstance(content, dict)
@@ -682,16 +642,13 @@ def test_bad_files(tmp_path, name, content, words):
     (2, ["--files", "none.txt"], ["none.txt", "no such file"]),
     (2, ["--files", "."], [".", "unknown kind"]),
     (2, ["--files", "a.csv"], ["a.csv", ".parquet, .json"]),
-    (2, ["--files", "a.parquet.gz"], ["a.parquet.gz", "unknown"]),
-    (2, ["--files", "empty.txt"], ["empty.txt", "empty"]), (2, ["--shards", "1031"], ["1030"]),
     (2, ["--shards", "1", "--tokenizer", "byte"], ["--tokenizer"]),
-    (2, ["--shard-tokens", "3e9"], ["--shard-tokens"]),
     (2, ["--files", "a.txt", "--out", "foreign"], ["b_train_000000.bin"]),
     (2, ["--shards", "1", "--out", "foreign"], ["b_train_000000.bin"]),
-    (2, ["--files", "a.txt", "--out", "noise"], ["progress.json", "parse"]),
+    (2, ["--files", "a.txt", "--out", "noise"], ["progress.json", "not valid JSON"]),
     (1, ["--files", "a.txt", "--out", "a.txt/x"], ["a.txt"])])
 def test_bad_arguments(tmp_path, status, args, words):
-    for name, content in {"a.txt": "x\ny\n", "empty.txt": "", "foreign/b_train_000000.bin": "",
+    for name, content in {"a.txt": "x\ny\n", "foreign/b_train_000000.bin": "",
                           "noise/progress.json": "{"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -705,8 +662,7 @@ def test_bad_arguments(tmp_path, status, args, words):
     ["--tokens", "1.5"], ["--tokenizer", "x"], ["--subset", "a", "--shards", "1"]])
 def test_argparse(tmp_path, args):
     status, _, err = run(*args, cwd=tmp_path)
-    assert (status == 2 and "error: " in err[-1] and args[0] in err[-1]
-            and "Traceback" not in str(err))
+    assert status == 2 and len(err) == 1 and args[0] in err[0]
 
 
 # --- the standard library ---
@@ -813,7 +769,7 @@ def test_shards_from_the_hub(tmp_path, hub):
     process.kill()
     process.communicate()
     # a partial file is nowhere near the shards
-    assert sorted(os.listdir(folder)) == [".download", names[0]]
+    assert sorted(os.listdir(folder)) == [".cache", names[0]]
 
     hub.requests, hub.drop = [], big
     assert fetch(hub, tmp_path, 2)[0] == 0
@@ -823,13 +779,14 @@ def test_shards_from_the_hub(tmp_path, hub):
     assert not any(command == "GET" and names[0] in path for command, path, _ in hub.requests)
     assert ({name: (folder / name).read_bytes() for name in names[:3]}
             == {n: hub.files[url + n] for n in names[:3]})
-    assert sorted(os.listdir(folder)) == sorted([*names[:3], "meta.json"])
+    assert sorted(os.listdir(folder)) == sorted([*names[:3], "meta.json", ".cache"])
     assert read_meta(folder) == {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256,
                                  "train_tokens": 12 * 2**20 + 13, "val_tokens": 11,
                                  "source": "kjj0/fineweb10B-gpt2"}
 
-    hub.requests = []
-    os.truncate(folder / names[2], 1030)  # not whole: fetched again, the others are left alone
+    os.truncate(folder / names[2], 1030)
+    refused(fetch(hub, tmp_path, 3), 1, names[2])  # not whole
+    hub.requests = []  # the next start fetches it again and leaves the others alone
     assert (fetch(hub, tmp_path, 3)[0] == 0
             and (folder / names[2]).read_bytes() == hub.files[url + names[2]])
     assert ({path for command, path, _ in hub.requests if command == "GET" and url in path}

@@ -295,15 +295,6 @@ def test_reports_need_no_sigpipe():
     assert result.returncode == 0 and "usage" in result.stdout, result.stderr
 
 
-def test_preparing_text_without_a_lock_is_one_line(tmp_path):
-    (tmp_path / "a.txt").write_text("hello")
-    result = without("fcntl", "prepare_fineweb.py", "--files", tmp_path / "a.txt",
-                     "--tokenizer=byte", "--out", tmp_path / "out")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert "Linux or macOS" in result.stderr and not (tmp_path / "out").exists()
-    assert without("fcntl", "prepare_fineweb.py", "--help").returncode == 0
-
-
 def test_export_spares_what_is_there(finished, tmp_path, call):
     pytest.importorskip("transformers")
     for name, content in (("README.md", "mine"), ("config.json", "{}")):
