@@ -144,10 +144,10 @@ pytestmark = [pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def not_there(tmp_path_factory):
     """The environment in which torch finds the card."""
-    import triton
     folder = tmp_path_factory.mktemp("no_card")
-    headers = Path(triton.__file__).parent / "backends/nvidia/include"
-    subprocess.run(["gcc", "-w", "-shared", "-fPIC", f"-I{headers}", str(NOT_THERE),
+    packages = Path(torch.__file__).parents[1]  # torch's own headers, and what they include
+    headers = [*packages.glob("nvidia/cu*/include"), packages / "triton/backends/nvidia/include"]
+    subprocess.run(["gcc", "-w", "-shared", "-fPIC", *(f"-I{at}" for at in headers), str(NOT_THERE),
                     "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")], check=True)
     return {**ENV, "LD_PRELOAD": str(folder / "libcuda.so.1"), "LD_LIBRARY_PATH": str(folder),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

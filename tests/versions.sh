@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Tests with other versions of torch, each in an environment of its own:
 #
-#     tests/versions.sh 2.9.1 2.11.0
-#     PYTHON=python3.10 TESTS="test_optim.py tests/test_card.py" tests/versions.sh 2.9.1
+#     tests/versions.sh 2.11.0 2.14.1
+#     PYTHON=python3.12 TESTS="test_optim.py tests/test_card.py" tests/versions.sh 2.11.0
 #
 # TESTS are by default those that depend on torch. A version that pip cannot install is skipped.
 set -eu
 cd "$(dirname "$0")/.."
 default="test_optim.py tests/test_rivals.py tests/test_contracts.py tests/test_sharding.py
-    tests/test_model.py tests/test_train.py tests/test_resume.py tests/test_card.py"
+    tests/test_model.py tests/test_train.py tests/test_resume.py tests/test_card.py
+    tests/test_compiler.py"
 environments=$(mktemp -d)
 trap 'rm -rf "$environments"' EXIT
 failed=
