@@ -73,8 +73,6 @@ class SFNorMuon(torch.optim.Optimizer):
         super().add_param_group(group)
         group["beta"] = group["betas"][0]  # the β1 with which y was written
         check_group(group, "averaging_power", "beta_power")
-        if group["decay_at"] not in ("z", "y", "none"):
-            raise ValueError(f'decay_at must be "z", "y" or "none", got {group["decay_at"]!r}')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -372,8 +370,9 @@ def check_group(group: dict, *names: str) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
     if not 0 < group.get("beta", 1) <= 1:  # at 0, y = z and x could not be recovered
         raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
-    if group.get("step_norm", "rms") not in ("rms", "spectral"):
-        raise ValueError(f'step_norm must be "rms" or "spectral", got {group["step_norm"]!r}')
+    for name, known in (("decay_at", ("z", "y", "none")), ("step_norm", ("rms", "spectral"))):
+        if group.get(name, known[0]) not in known:
+            raise ValueError(f"{name} must be one of {known}, got {group[name]!r}")
     for p in group["params"]:
         what, placements = f"parameter of shape {tuple(p.shape)}", getattr(p, "placements", ())
         if p.is_complex() or p.layout != torch.strided or p.dtype == torch.float16:  # ε is 0 there

@@ -7,7 +7,7 @@ This file was written before any of its runs, which are some 2.5 billion tokens.
 """
 base = dict(
     data_dir="data/linux", vocab_size=320, n_layer=2, n_head=3, n_embd=48,  # 70,896 parameters
-    block_size=32, batch_size=64, total_batch_tokens=2048,  # contexts of 32: runs do not branch
+    block_size=32, batch_size=64, total_batch_tokens=2048,
     eval_interval=173, eval_tokens=262144, log_interval=173,
     device="cpu", dtype="float32", compile=True)
 tokens = 692 * 2048  # 1x: 20 for each parameter
@@ -19,8 +19,10 @@ rungs, draws, draw_seed = (1, 4), 12, 2605
 
 margin = 0.015  # nats: two methods closer than this are called equal
 claims = [("anytime", rival, h) for rival in ("normuon", "amuse", "adamw") for h in (4, 16)]
-headline = {"anytime": "SF-NorMuon, recommended", "paper": "SF-NorMuon, the paper's",
-            "adamw": "AdamW, tuned for each length", "normuon": "NorMuon, tuned for each length"}
+headline = {"hindsight.recommended": "SF-NorMuon, recommended (chosen earlier, by hand)",
+            "adamw": "AdamW, best of 12, for each length",
+            "normuon": "NorMuon, best of 12, for each length", "amuse": "AMUSE, best of 12",
+            "anytime": "SF-NorMuon, best of 12", "paper": "SF-NorMuon, the paper's, best of 6"}
 
 
 def both(*decays):  # for matrices and for everything else
