@@ -3,10 +3,10 @@
     python experiments/continual.py     97M tokens; after an interruption the same command goes on
 
 The kernel's C files to 16x, then 4x of Webster's dictionary, with the configurations that
-settled.py chose. The anytime run just goes on (--change_data) and is read at 1x, 2x and 4x. AdamW
-has to know its length: for each of the three a run of its own starts from the weights of the one
-that ended, warmed up again, with a cosine or with WSD. `fresh` is the anytime configuration from
-random weights. Written: results/continual.jsonl (as of a study; an evaluation also has old_loss, on
+settled.py chose. The anytime run just goes on (--change_data) and is read at 1x, 2x and 4x, or its
+average starts over (`restart`: --init_from). AdamW has to know its length: for each of the three a
+run of its own starts from the weights of the one that ended, warmed up again, with a cosine or with
+WSD. `fresh` is the anytime configuration from random weights. Written: results/continual.jsonl (as of a study; an evaluation also has old_loss, on
 the kernel's text) and results/continual.svg.
 """
 import json
@@ -28,8 +28,9 @@ from sweep import machine
 
 OLD, NEW = "data/linux", "data/english"
 BEFORE, AFTER = 16, (1, 2, 4)  # times 20 tokens for each parameter
-LABELS = {"anytime": "SF-NorMuon, anytime, goes on", "cosine": "AdamW, cosine, warmed up again",
-          "wsd": "AdamW, WSD, warmed up again", "fresh": "SF-NorMuon, anytime, random weights"}
+LABELS = {"anytime": "SF-NorMuon, anytime, goes on", "restart": "SF-NorMuon, average starts over",
+          "cosine": "AdamW, cosine, warmed up again", "wsd": "AdamW, WSD, warmed up again",
+          "fresh": "SF-NorMuon, from random weights"}
 FILE = ROOT / "experiments/results/continual.jsonl"
 settled = read_study(str(ROOT / "experiments/studies/settled.py"))
 
@@ -71,11 +72,11 @@ def keep(results: dict, name: str, out: Path, tokens: int, knobs: dict, data: st
 
 def run_all(results: dict) -> None:
     anytime, adamw = chosen("anytime_"), chosen("adamw_4x_")
-    methods = {"anytime": anytime, "cosine": {**adamw, "schedule": "cosine"},
-               "wsd": {**adamw, "schedule": "wsd"}, "fresh": anytime}
+    methods = {"anytime": anytime, "restart": anytime, "fresh": anytime,
+               "cosine": {**adamw, "schedule": "cosine"}, "wsd": {**adamw, "schedule": "wsd"}}
     before, runs = BEFORE * settled.tokens, settled.runs.with_name("continual")
     for method, knobs in methods.items():
-        for h in AFTER if method == "fresh" else (0, *AFTER):
+        for h in AFTER if method in ("restart", "fresh") else (0, *AFTER):
             name, tokens, data = f"{method}_{h}x", h * settled.tokens, NEW
             if name in results:
                 continue
@@ -88,8 +89,10 @@ def run_all(results: dict) -> None:
                 if not out.exists():
                     shutil.copytree(first, out)
                 train_py(out, **knobs, data_dir=data, change_data=True, max_tokens=before + tokens)
-            elif method == "fresh":
-                train_py(out, **knobs, data_dir=data, max_tokens=tokens)
+            elif method in ("restart", "fresh"):
+                out, start = runs / method, runs / "anytime_0x/ckpt.pt"
+                train_py(out, **knobs, data_dir=data, max_tokens=tokens,
+                         init_from=start if method == "restart" else "")
             else:
                 train_py(out, **knobs, data_dir=data, max_tokens=tokens,
                          init_from=first / "ckpt.pt")
@@ -103,6 +106,8 @@ def draw(results: dict) -> None:
         for method, color in zip(LABELS, palette(len(LABELS))):
             points = [run["evals"][0] for name, run in results.items()
                       if name.startswith(method + "_")]
+            if method == "restart":
+                points.insert(0, results["anytime_0x"]["evals"][0])
             axis.plot([e["tokens"] / 1e6 for e in points], [e[key] for e in points],
                       "o--" if method in ("cosine", "wsd") else "o-", color=color,
                       label=LABELS[method])

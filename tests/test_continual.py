@@ -39,17 +39,19 @@ def test_each_method_goes_on_in_its_own_way(tmp_path, data, tokens, monkeypatch)
     continual.draw(results)
     folders, kept = tmp_path / "runs/continual", runs.read_results(tmp_path / "continual.jsonl")
     assert kept == results and [*kept] == [
-        f"{method}_{h}x" for method in ("anytime", "cosine", "wsd", "fresh")
-        for h in (0, 1) if (method, h) != ("fresh", 0)]
+        f"{method}_{h}x" for method in ("anytime", "restart", "fresh", "cosine", "wsd")
+        for h in (0, 1) if h or method not in ("restart", "fresh")]
     step = lambda name: torch.load(folders / name / "ckpt.pt", weights_only=True)["step"]
-    assert (step("anytime_0x"), step("anytime"), step("cosine_1x"), step("fresh_1x")) == (4, 6, 2, 2)
+    assert [step(name) for name in ("anytime_0x", "anytime", "restart", "cosine_1x", "fresh")] == [
+        4, 6, 2, 2, 2]
     for name, run in kept.items():
         method, config = name.split("_")[0], run["config"]
         assert config["optimizer"] == ("adamw" if method in ("cosine", "wsd") else "sf_normuon")
         assert config["schedule"] == (method if method in ("cosine", "wsd") else "constant")
         assert config["lr"] == (0.01 if method in ("cosine", "wsd") else 0.02)
-        again = method in ("cosine", "wsd") and not name.endswith("0x")
-        assert config["init_from"] == str(folders / f"{method}_0x/ckpt.pt") * again
+        again = method in ("cosine", "wsd", "restart") and not name.endswith("0x")
+        first = "anytime" if method == "restart" else method
+        assert config["init_from"] == str(folders / f"{first}_0x/ckpt.pt") * again
         assert config["change_data"] == (method == "anytime" and not name.endswith("0x"))
         assert config["data_dir"] == str(data if name.endswith("0x") else new)
     # the losses: on both corpora, of the model that the run left
