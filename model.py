@@ -218,8 +218,8 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, softmax_) -> Ten
         for xs, dxs, ts, ss in zip(*(t.split(CHUNK) for t in (x, dx, targets, shares))):
             logits = F.linear(xs, W)
             for z, target, share in zip(logits.split(rows), ts.split(rows), ss.split(rows)):
-                at_target = z.gather(1, target)  # inside softmax_ torch 2.9 and 2.11 compile this
-                losses.append(softmax_(z, share) - at_target)  # to a read after the logits are gone
+                at_target = z.gather(1, target)  # not in softmax_: torch 2.11 would read it too late
+                losses.append(softmax_(z, share) - at_target)
                 if training:  # inside softmax_ the compiler would copy the logits for this
                     z.scatter_(1, target, ((-losses[-1]).expm1() * share).to(z.dtype))
             if training:  # the logits now hold their gradients
