@@ -2,11 +2,11 @@
 
     python experiments/continual.py     97M tokens; after an interruption the same command goes on
 
-The kernel's C files to 16x, then 4x of Webster's dictionary, with the configurations that
-settled.py chose. The anytime run just goes on (--change_data) and is read at 1x, 2x and 4x, or its
+The kernel's C files to 16x, then 4x of Webster's dictionary, with the recommended configuration and
+the AdamW that settled.py chose at 4x. The anytime run just goes on (--change_data) and is read at 1x, 2x and 4x, or its
 average starts over (`restart`: --init_from). AdamW has to know its length: for each of the three a
 run of its own starts from the weights of the one that ended, warmed up again, with a cosine or with
-WSD. `fresh` is the anytime configuration from random weights. Written: results/continual.jsonl (as of a study; an evaluation also has old_loss, on
+WSD. `fresh` starts from random weights. Written: results/continual.jsonl (as of a study; an evaluation also has old_loss, on
 the kernel's text) and results/continual.svg.
 """
 import json
@@ -44,14 +44,15 @@ def train_py(out: Path, **knobs) -> str:
     return done.stdout
 
 
-def chosen(prefix: str) -> dict:
-    """The knobs of the method that settled.py chose: those of its first reported run."""
-    for name, run in read_results(settled.file).items():
+def chosen(study: str, prefix: str) -> dict:
+    """The knobs of the first run of that name."""
+    file = settled.file.with_stem(study)
+    for name, run in read_results(file).items():
         if name.startswith(prefix):
             own = ("out_dir", "data_dir", "max_tokens", "seed", "init_from", "resume",
                    "change_data", "eval_only")  # of each run here
             return {k: v for k, v in run["config"].items() if k not in own}
-    sys.exit(f"continual.py: {settled.file.name} has no run {prefix}* yet: sweep.py makes it")
+    sys.exit(f"continual.py: {file.name} has no run {prefix}* yet: sweep.py makes it")
 
 
 def keep(results: dict, name: str, out: Path, tokens: int, knobs: dict, data: str) -> None:
@@ -71,7 +72,7 @@ def keep(results: dict, name: str, out: Path, tokens: int, knobs: dict, data: st
 
 
 def run_all(results: dict) -> None:
-    anytime, adamw = chosen("anytime_"), chosen("adamw_4x_")
+    anytime, adamw = chosen("hindsight", "recommended_"), chosen("settled", "adamw_4x_")
     methods = {"anytime": anytime, "restart": anytime, "fresh": anytime,
                "cosine": {**adamw, "schedule": "cosine"}, "wsd": {**adamw, "schedule": "wsd"}}
     before, runs = BEFORE * settled.tokens, settled.runs.with_name("continual")

@@ -23,12 +23,16 @@ def test_each_method_goes_on_in_its_own_way(tmp_path, data, tokens, monkeypatch)
     for split, part in ("val", tokens[:5000]), ("train", tokens[5000:50000]):
         write_shard(new / f"x_{split}_000000.bin", 255 - part)
     known = tmp_path / "settled.jsonl"
-    known.write_text("".join(json.dumps(dict(name=name, evals=[], train=[], config=asdict(
-        Config(**{**TINY, "warmup_steps": 1, "eval_interval": 2, **knobs})))) + "\n"
-        for name, knobs in {"tune_anytime_lr0.5_seed9": dict(lr=0.5), "anytime_lr0.02_seed0": {},
-                            "sf_adamw_lr0.5_seed0": dict(lr=0.5),
-                            "adamw_4x_lr0.02_seed0": dict(optimizer="adamw", schedule="linear",
-                                                          lr=0.01)}.items()))
+    for study, named in {
+            "settled": {"tune_adamw_4x_c0_lr0.5_seed9": dict(lr=0.5),
+                        "sf_adamw_4x_lr0.5_seed0": dict(lr=0.5),
+                        "adamw_4x_lr0.01_seed0": dict(optimizer="adamw", schedule="linear",
+                                                      lr=0.01)},
+            "hindsight": {"recommended_lr0.02_seed0": {}}}.items():
+        known.with_stem(study).write_text("".join(json.dumps(dict(
+            name=name, evals=[], train=[], config=asdict(Config(
+                **{**TINY, "warmup_steps": 1, "eval_interval": 2, **knobs})))) + "\n"
+            for name, knobs in named.items()))
     monkeypatch.setattr(continual, "settled", SimpleNamespace(
         file=known, tokens=2 * BATCH, runs=tmp_path / "runs/settled"))
     for name, value in dict(OLD=str(data), NEW=str(new), BEFORE=2, AFTER=(1,),
@@ -69,5 +73,5 @@ def test_each_method_goes_on_in_its_own_way(tmp_path, data, tokens, monkeypatch)
     monkeypatch.setattr(continual, "train_py", nothing)
     continual.run_all(kept)
     known.write_text("")
-    with pytest.raises(SystemExit, match="settled.jsonl has no run anytime_"):
+    with pytest.raises(SystemExit, match="settled.jsonl has no run adamw_4x_"):
         continual.run_all({})
