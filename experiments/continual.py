@@ -10,6 +10,7 @@ WSD. `fresh` starts from random weights. Written: results/continual.jsonl (as of
 the kernel's text) and results/continual.svg.
 """
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +37,11 @@ settled = read_study(str(ROOT / "experiments/studies/settled.py"))
 
 
 def train_py(out: Path, **knobs) -> str:
-    command = [sys.executable, "train.py", f"--out_dir={out}"]
-    command += [f"--{key}={value}" for key, value in knobs.items()]
+    command = [sys.executable, "train.py"]
+    for key, value in {"out_dir": out, **knobs}.items():
+        if isinstance(value, Path):  # the results name no path of this machine
+            value = os.path.relpath(value, ROOT)
+        command.append(f"--{key}={value}")
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"continual.py: {out}: {done.stderr.strip()}")

@@ -1,6 +1,7 @@
 """The runs of experiments/continual.py, at a small size: who starts from what, and what is kept."""
 import importlib
 import json
+import os
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -55,7 +56,8 @@ def test_each_method_goes_on_in_its_own_way(tmp_path, data, tokens, monkeypatch)
         assert config["lr"] == (0.01 if method in ("cosine", "wsd") else 0.02)
         again = method in ("cosine", "wsd", "restart") and not name.endswith("0x")
         first = "anytime" if method == "restart" else method
-        assert config["init_from"] == str(folders / f"{first}_0x/ckpt.pt") * again
+        weights = os.path.relpath(folders / f"{first}_0x/ckpt.pt", REPO)
+        assert config["init_from"] == weights * again
         assert config["change_data"] == (method == "anytime" and not name.endswith("0x"))
         assert config["data_dir"] == str(data if name.endswith("0x") else new)
     # the losses: on both corpora, of the model that the run left
