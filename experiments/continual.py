@@ -118,6 +118,8 @@ def draw(results: dict) -> None:
                       label=LABELS[method])
         axis.set(title=title, xlabel="tokens of the new text (millions)",
                  ylabel="validation loss (nats)")
+    after = [run["evals"][0]["val_loss"] for name, run in results.items() if "_0x" not in name]
+    axes[0].set_ylim(min(after) - 0.02, max(after) + 0.02)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(FILE.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
