@@ -141,7 +141,8 @@ class SFNorMuon(torch.optim.Optimizer):
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
         """For each matrix (m, n) that has taken a step (paper, Section 3 and Fig. 4): rho, RMS(z);
         alpha, cosine between P̂ and the z it was subtracted from; predicted, the λρ at which ‖z‖
-        stands still with decay_at="z", ½ RMS(u/η) (-α + √(α² + 2ηλ)). Every process must call it.
+        stands still with decay_at="z", ½ r (-α + √(α² + 2ηλ)) for steps of RMS r η (r = 0.2 by
+        default). Every process must call it.
         """
         found = {}
         for group in (group for group in self.param_groups if group["use_muon"]):

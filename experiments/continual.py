@@ -21,10 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import matplotlib.pyplot as plt
 
-from data import write_atomically
 from figures import panels, palette
 from plan import read_study
-from runs import Unreadable, read_log, read_results
+from runs import Unreadable, read_log, read_results, write_results
 from sweep import machine
 
 OLD, NEW = "data/linux", "data/english"
@@ -70,8 +69,7 @@ def keep(results: dict, name: str, out: Path, tokens: int, knobs: dict, data: st
         name=name, config=json.loads((out / "config.json").read_text()), train=[],
         evals=[dict(step=last["step"], tokens=tokens, val_loss=new, old_loss=old)],
         machine=machine())
-    text = "".join(json.dumps(run) + "\n" for run in results.values())
-    write_atomically(FILE, lambda file: file.write(text.encode()))
+    write_results(FILE, results)
     print(f"{name}: {new:.4f} on the new text, {old:.4f} on the old", flush=True)
 
 

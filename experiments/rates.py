@@ -126,8 +126,6 @@ def draw(runs: list, study: dict, prefix: str) -> None:
             axis.plot(order, means, "o-", color=color[size], label=size)
             if size in laws[label][0]:
                 axis.axvline(2 ** laws[label][0][size][0], color=color[size], linestyle=":")
-            low = min(means)
-            axis.set_ylim(min(low - 0.02, axis.get_ylim()[0]), axis.get_ylim()[1])
         axis.set_xscale("log", base=2)
         axis.set(title=label, xlabel="rate", ylabel=LOSS)
     axes[0, 0].legend(title=study["follow"])

@@ -13,6 +13,7 @@ import torch
 
 from baselines import OPTIMIZERS
 from config import Config
+from data import write_atomically
 from model import GPT, GPTConfig
 
 DEFAULT = asdict(Config())
@@ -38,6 +39,12 @@ def read_results(file: Path) -> dict[str, dict]:
         return {run["name"]: run for run in map(json.loads, lines)}
     except (ValueError, TypeError, KeyError) as e:
         raise Unreadable(f"{file} does not hold a study's results: {type(e).__name__}: {e}")
+
+
+def write_results(file: Path, results: dict[str, dict]) -> None:
+    text = "".join(json.dumps(run) + "\n" for run in results.values())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda opened: opened.write(text.encode()))
 
 
 def read_log(folder: Path) -> list[dict]:

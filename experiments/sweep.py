@@ -48,9 +48,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import lock
-from data import write_atomically
 from plan import Plan, read_study
-from runs import Refused, Unreadable, read_log, read_results
+from runs import Refused, Unreadable, read_log, read_results, write_results
 
 TRAIN_LINES = 32  # kept of each run
 
@@ -63,10 +62,7 @@ def keep(study, name: str) -> None:
     run = dict(name=name, config=json.loads((folder / "config.json").read_text()),
                evals=[line for line in lines if "val_loss" in line],
                train=train[:: max(1, len(train) // TRAIN_LINES)], machine=machine())
-    results = {**read_results(study.file), name: run}
-    text = "".join(json.dumps(run) + "\n" for run in results.values())
-    study.file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(study.file, lambda file: file.write(text.encode()))
+    write_results(study.file, {**read_results(study.file), name: run})
 
 
 def machine() -> dict:

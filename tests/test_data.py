@@ -127,8 +127,7 @@ def test_meta(tmp_path):
     assert read_meta(tmp_path) == {**BYTE_META, "source": "é"}
     for bad in ("{", "[]", "{}", '{"tokenizer": "byte"}', '{"vocab_size": 257}',
                 '{"tokenizer": 1, "vocab_size": 257}', '{"tokenizer": "byte", "vocab_size": "257"}',
-                '{"tokenizer": "byte", "vocab_size": 0}',
-                "\x00"):
+                '{"tokenizer": "byte", "vocab_size": 0}', "\x00"):
         (tmp_path / "meta.json").write_text(bad)
         with pytest.raises(ValueError, match="meta.json"):
             read_meta(tmp_path)
