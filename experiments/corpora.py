@@ -1,15 +1,16 @@
-"""The corpora of the studies, made from packages that every mirror of Debian has. The kernel's C
-files, and Webster's dictionary:
+"""The corpora of the studies, made from packages that every mirror of Debian has: the kernel's C
+files, Webster's dictionary, and the sources of Go.
 
-    mkdir -p data && cd data && apt-get download linux-source-6.1 dict-gcide
-    dpkg-deb -x linux-source-6.1_*.deb . && dpkg-deb -x dict-gcide_*.deb . && cd ..
+    mkdir -p data && cd data && apt-get download linux-source-6.1 dict-gcide golang-1.19-src
+    for package in *.deb; do dpkg-deb -x $package .; done; cd ..
     python experiments/corpora.py data/usr/src/linux-source-6.1.tar.xz data/linux.jsonl
     python experiments/corpora.py data/usr/share/dictd/gcide.dict.dz data/english.jsonl
+    python experiments/corpora.py data/usr/share/go-1.19/src data/go.jsonl
     python prepare_fineweb.py --files data/linux.jsonl --tokenizer byte --out data/linux
 
-Any linux-6.1.*.tar.xz of kernel.org does as well. A document is a file of the kernel, or an entry
-of the Collaborative International Dictionary of English (Webster's of 1913, grown since; 40 MB).
-Their order mixes them.
+Any linux-6.1.*.tar.xz of kernel.org does as well. A document is a source file, or an entry of the
+Collaborative International Dictionary of English (Webster's of 1913, grown since; 40 MB). Their
+order mixes them.
 """
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import re
 import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 DIRECTORIES = ("block", "crypto", "fs", "init", "ipc", "kernel", "lib", "mm", "net",
                "security")  # no drivers: they repeat
@@ -43,10 +45,17 @@ def dictionary(path: str) -> list[tuple[str, str]]:
     return [(entry, entry) for entry in entries]
 
 
+def go(folder: str) -> list[tuple[str, str]]:
+    files = [file for file in Path(folder).rglob("*.go") if file.is_file()]
+    return [(str(file.relative_to(folder)), file.read_text(encoding="latin-1")) for file in files]
+
+
 if len(sys.argv) != 3:
-    sys.exit(f"usage: {sys.argv[0]} linux.tar.xz|gcide.dict.dz out.jsonl")
+    sys.exit(f"usage: {sys.argv[0]} linux.tar.xz|gcide.dict.dz|go/src out.jsonl")
+source = Path(sys.argv[1])
 try:
-    documents = (dictionary if sys.argv[1].endswith(".dz") else kernel)(sys.argv[1])
+    read = go if source.is_dir() else dictionary if source.suffix == ".dz" else kernel
+    documents = read(sys.argv[1])
 except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as e:
     sys.exit(" ".join(f"{sys.argv[0]}: {sys.argv[1]}: {e}".split()))
 documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())

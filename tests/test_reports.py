@@ -361,7 +361,12 @@ def test_corpora_take_the_documents_in_a_mixed_order(tmp_path):
             tar.addfile(member, io.BytesIO(name.encode()))
     entries = ["A\n one\n\n two", "B\n\u00e9"]
     (tmp_path / "gcide.dict.dz").write_bytes(gzip.compress("\n\n".join(entries).encode("latin-1")))
-    sources = {"linux.tar.xz": ["fs/a.c", "mm/d.c", "net/e.c"], "gcide.dict.dz": entries}
+    for name in "a.go", "b/c.go", "b/d.c":
+        (tmp_path / "go" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "go" / name).write_text(name)
+    (tmp_path / "go/folder.go").mkdir()  # Go's own tests have one
+    sources = {"linux.tar.xz": ["fs/a.c", "mm/d.c", "net/e.c"], "gcide.dict.dz": entries,
+               "go": ["a.go", "b/c.go"]}
     for source, texts in sources.items():
         command = [sys.executable, str(REPO / "experiments/corpora.py"), source, "out.jsonl"]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
