@@ -160,9 +160,9 @@ def headline(c: Comparison) -> str:
 # ---- the report
 
 def declared(path: Path) -> dict:
-    """What the study of a results file declares: tokens, claims, margin, headline, follow."""
+    """What the study of a results file declares: tokens, claims, margin, headline, panels, follow."""
     file = ROOT / "experiments/studies" / f"{path.stem}.py"
-    if path.suffix != ".jsonl" or not file.exists():
+    if not file.exists():
         return {}
     try:
         return runpy.run_path(str(file))
@@ -181,16 +181,22 @@ def with_others(study: dict, runs: list) -> list:
     return runs
 
 
-def compare(paths: list[Path], out: str | None) -> list[Comparison]:
-    """One comparison for each setting; draws its figures if `out`, their prefix, is given."""
-    study, settings = declared(paths[0]) if len(paths) == 1 else {}, defaultdict(list)
+def compare(paths: list[Path], study: dict) -> list[Comparison]:
+    """One comparison for each setting."""
+    settings = defaultdict(list)
     for run in with_others(study, read_runs(paths)):
         settings[tuple(run.config[key] for key in SETTING)].append(run)
-    found = [Comparison(runs, study) for runs in settings.values()]
+    return [Comparison(runs, study) for runs in settings.values()]
+
+
+def draw(found: list[Comparison], out: str) -> None:
     for i, c in enumerate(found):
-        if out and c.rows:
+        files = {title: ROOT / "experiments/results" / f"{name}.jsonl"
+                 for title, name in c.study.get("panels", {}).items()}
+        c.panels = {title: compare([file], declared(file))[0]
+                    for title, file in files.items() if file.exists()} or c.panels
+        if c.rows:
             figures.draw(c, out if len(found) == 1 else f"{out}{i}_")
-    return found
 
 
 def report(found: list[Comparison], target: float | None) -> str:
@@ -262,8 +268,10 @@ def main() -> None:
         if not args.check:
             rates.draw(runs, study, out)
     else:
-        found = compare(args.paths, None if args.check else out)
+        found = compare(args.paths, study)
         text, texts = report(found, args.target), {}
+        if not args.check:
+            draw(found, out)
         if study.get("headline"):
             texts[f"{file.stem} headline"] = headline(found[0])
     if args.readme:

@@ -145,33 +145,44 @@ def loss(c, color):
     return figure
 
 
+def differences(c) -> dict[str, list[tuple]]:
+    """To the best tuned NorMuon: {row: [(tokens, welch)]}, of the rows that the study names."""
+    normuon, found = c.reference("normuon"), {}
+    for label, words in (c.study.get("headline") or {label: label for label in c.rows}).items():
+        row = c.rows.get(label)
+        if normuon and row and row is not normuon:
+            found[words] = [(h, welch(row.losses(h), normuon.losses(h))) for h in c.horizons
+                            if h in normuon.runs and len(row.runs.get(h, ())) > 1]
+    return {words: points for words, points in found.items() if points}
+
+
 def difference(c, color):
-    """To the best tuned NorMuon, with 95% bands; the margin of the study is shaded."""
-    normuon = c.reference("normuon")
-    rows = [row for row in c.rows.values()  # with a band
-            if row is not normuon and max(map(len, row.runs.values())) > 1]
-    if not (normuon and rows):
+    """The differences with their 95% bands, the margin of the study shaded; a panel for each of
+    the studies that it names in `panels`."""
+    drawn = [(title, each, found) for title, each in c.panels.items()
+             if (found := differences(each))]
+    if not drawn:
         return None
-    figure, (axis,) = panels(width=9.0)
-    if "margin" in c.study:
-        axis.axhspan(-c.study["margin"], c.study["margin"], color=GREY, alpha=0.15, linewidth=0)
-    axis.axhline(0, color=GREY, linewidth=1)
-    for row in rows:
-        at = [h for h in c.horizons if h in row.runs and h in normuon.runs]
-        if not at:
-            continue
-        found = [welch(row.losses(h), normuon.losses(h)) for h in at]
-        axis.plot(at, [d for d, *_ in found], "o-", color=color[row.label], label=row.label)
-        axis.fill_between(at, [low for _, low, *_ in found], [high for _, _, high, _ in found],
-                          color=color[row.label], alpha=0.12, linewidth=0)
-    middle = sorted(y for line in axis.lines[1:] for y in line.get_ydata())
-    if not middle:
-        plt.close(figure)
-        return None
-    token_axis(c, axis)
-    axis.set(ylabel=f"loss less {normuon.label}'s (nats)",
-             ylim=(min(-0.02, middle[0] - 0.02), middle[int(0.9 * (len(middle) - 1))] + 0.05))
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure, axes = panels(len(drawn), width=9.0)
+    rows = dict.fromkeys(words for *_, found in drawn for words in found)
+    shades, middle = dict(zip(rows, palette(len(rows)))), []
+    for axis, (title, each, found) in zip(axes, drawn):
+        if "margin" in c.study:
+            axis.axhspan(-c.study["margin"], c.study["margin"], color=GREY, alpha=0.15, linewidth=0)
+        axis.axhline(0, color=GREY, linewidth=1)
+        for words, points in found.items():
+            at, ends = zip(*points)
+            d, low, high, _ = zip(*ends)
+            middle += d
+            axis.plot(at, d, "o-", color=shades[words], label=words)
+            axis.fill_between(at, low, high, color=shades[words], alpha=0.12, linewidth=0)
+        token_axis(each, axis)
+        axis.set_title(title)
+    middle.sort()
+    plt.setp(axes, ylim=(min(-0.02, middle[0] - 0.02),
+                         middle[int(0.9 * (len(middle) - 1))] + 0.05))
+    axes[0].set_ylabel("loss less that of tuned NorMuon (nats)")
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

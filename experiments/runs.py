@@ -166,6 +166,7 @@ class Comparison:
 
     def __init__(self, runs: list[Run], study: dict):
         self.runs, self.study, self.notes = runs, study, defaultdict(list)
+        self.panels = {"": self}  # of the figure of differences
         self.parameters = count_parameters(runs[0].config)
         reported = [run for run in runs if not run.name.startswith("tune_")]
         self.horizons = sorted({run.planned for run in reported if run.scheduled and run.planned} or

@@ -190,7 +190,7 @@ def test_folders_of_runs_are_read_and_named(tmp_path):
     for seed, loss in enumerate((3.0, 3.2)):
         as_folder(tmp_path / f"runs/mine_seed{seed}", a_run("", {10: loss}, seed=seed, **SCHEDULED))
     as_folder(tmp_path / "runs/wider", a_run("", {10: 2.0}, n_embd=1024, **SCHEDULED))
-    found = compare.compare([tmp_path / "runs"], None)
+    found = compare.compare([tmp_path / "runs"], {})
     text = compare.report(found, None)
     assert cells(text, "AdamW, mine") == [mean_cell([3.0, 3.2])]
     assert text.count("Validation loss") == 2 and "width 1024" in text  # a table for each size
@@ -269,6 +269,17 @@ def test_the_figure_of_differences_shows_intervals_and_the_margin(tmp_path):
     [margin] = axis.patches
     shaded = axis.transData.inverted().transform(margin.get_window_extent())
     np.testing.assert_allclose(shaded[:, 1], [-0.015, 0.015])
+    # a panel for each study, a color for each of the rows by what the studies call them
+    there = comparison(tmp_path, [*lines, *free_runs("new", {10: 3.1}), *free_runs("off", {10: 9})],
+                       dict(headline={"new": "new", "normuon": "", "sf": "mine"}))
+    c.study["headline"] = {"sf": "mine", "normuon": ""}
+    c.panels = {"here": c, "there": there, "nothing": comparison(tmp_path, lines[:1])}
+    here, there = figures.difference(c, {}).axes
+    assert [axis.get_title() for axis in (here, there)] == ["here", "there"]
+    shades = [{line.get_label(): line.get_color() for line in axis.lines[1:]}
+              for axis in (here, there)]
+    assert [*shades[0]] == ["mine"] and [*shades[1]] == ["new", "mine"]
+    assert shades[1]["mine"] == shades[0]["mine"] != shades[1]["new"]
 
 
 def test_figures_of_the_same_runs_are_the_same_files(tmp_path):

@@ -12,7 +12,7 @@ tokens, horizons, seeds, tuning_seeds = settled["tokens"], (1, 4), range(5), ()
 
 margin = settled["margin"]
 claims = [("recommended", rival, 4) for rival in ("normuon", "amuse", "adamw")]
-headline = {"recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, best of 12",
+headline = {"recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, drawn",
             "amuse": "AMUSE", "adamw": "AdamW, WSD", "normuon": "NorMuon, linear"}
 
 

@@ -19,10 +19,10 @@ rungs, draws, draw_seed = (1, 4), 12, 2605
 
 margin = 0.015  # nats: two methods closer than this are called equal
 claims = [("anytime", rival, h) for rival in ("normuon", "amuse", "adamw") for h in (4, 16)]
-headline = {"noise_70k.context_32": "SF-NorMuon, recommended",
-            "anytime": "SF-NorMuon, best of 12", "amuse": "AMUSE, best of 12",
-            "adamw": "AdamW, best of 12, for each length",
-            "normuon": "NorMuon, best of 12, for each length"}
+headline = {"hindsight.recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, drawn",
+            "amuse": "AMUSE", "adamw": "AdamW, WSD", "normuon": "NorMuon, linear"}
+panels = {"Linux, where they were tuned": "settled", "Go": "elsewhere_go",
+          "English": "elsewhere_english", "Linux, 0.15M parameters": "elsewhere_148k"}
 
 
 def both(*decays):  # for matrices and for everything else
