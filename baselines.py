@@ -34,11 +34,15 @@ class NorMuon(torch.optim.Optimizer):
             step_norm=step_norm, use_muon=True))
 
     def add_param_group(self, group):
+        group = dict(group)
         super().add_param_group(group)
+        self.param_groups.pop()  # until it has been checked
         check_group(group)
         check_beta1(group)
+        self.param_groups.append(group)
 
     def __setstate__(self, state):
+        check_state(self, state, "normalize_rows", without="decay_at")
         for group in state["param_groups"]:
             group.setdefault("step_norm", "rms")  # the only one before it had a keyword
         super().__setstate__(state)
@@ -48,11 +52,11 @@ class NorMuon(torch.optim.Optimizer):
         loss = begin_step(self, closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in (p for p in params if not self.state.get(p)):
-                if group["use_muon"]:
+            for p in params:
+                if not self.state.get(p) and group["use_muon"]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])
-                else:
+                elif not self.state.get(p):
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
             if params and group["lr"] != 0:
@@ -72,10 +76,10 @@ class NorMuon(torch.optim.Optimizer):
             else:
                 m = [local(self.state[p]["exp_avg"]) for p in bucket]
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
-                directions = (adamw(*moments, t, group) for moments in zip(g, m, v))
-            for p, direction in zip(map(local, bucket), directions):
-                p.mul_(1 - eta * group["weight_decay"])
-                p.sub_(direction, alpha=eta)
+                directions = [adamw(*moments, t, group) for moments in zip(g, m, v)]
+            weights = [local(p) for p in bucket]
+            torch._foreach_mul_(weights, 1 - eta * group["weight_decay"])
+            torch._foreach_sub_(weights, directions, alpha=eta)
 
 
 class AMUSE(torch.optim.Optimizer):
@@ -103,11 +107,18 @@ class AMUSE(torch.optim.Optimizer):
             ns_dtype=ns_dtype, use_muon=True, step=0, weight_sum=0.0, c0=1.0, train_mode=True))
 
     def add_param_group(self, group):
+        group = dict(group)
         super().add_param_group(group)
+        self.param_groups.pop()  # until it has been checked
         group["beta"] = group["betas"][0]  # the β with which y was written
         check_group(group, "rho", "averaging_power")
         if not group["warmup_steps"] >= 2:
             raise ValueError(f"warmup_steps must be at least 2, got {group['warmup_steps']}")
+        self.param_groups.append(group)
+
+    def __setstate__(self, state):
+        check_state(self, state, "rho")
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -115,8 +126,9 @@ class AMUSE(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             moment = "momentum_buffer" if group["use_muon"] else "exp_avg_sq"
-            for p in (p for p in params if not self.state.get(p)):
-                self.state[p].update({"z": p.detach().clone(), moment: torch.zeros_like(p)})
+            for p in params:
+                if not self.state.get(p):
+                    self.state[p].update({"z": p.detach().clone(), moment: torch.zeros_like(p)})
             if params and group["lr"] != 0:
                 self._step_group(group, params)
         return loss
@@ -127,7 +139,7 @@ class AMUSE(torch.optim.Optimizer):
         eta = float(group["lr"]) * min(1.0, t / T0)
         w = t ** group["averaging_power"] * eta**2
         group["weight_sum"] += w
-        c = w / group["weight_sum"] if group["weight_sum"] else 1.0
+        c = w / group["weight_sum"]
         if t <= T0:
             group["c0"] = c
         else:
@@ -141,18 +153,18 @@ class AMUSE(torch.optim.Optimizer):
                 M = [local(self.state[p]["momentum_buffer"]) for p in bucket]
                 M = nesterov(M, g, group["momentum"])
                 scale = 0.2 * math.sqrt(max(bucket[0].shape[-2:]))
-                Ps = polar(M, bucket[0], group["ns_steps"], group["ns_dtype"])
-                directions = [P.mul_(scale) for P in Ps]
+                P = polar(M, bucket[0], group["ns_steps"], group["ns_dtype"])
+                directions = P.mul_(scale).unbind()
             else:
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
-                directions = adamw_directions(g, v, t, group)
-            for p, direction in zip(bucket, directions):
-                y, z = local(p), local(self.state[p]["z"])
-                x = y.lerp(z, 1 - 1 / group["beta"])
-                z.mul_(1 - eta * group["weight_decay"])
-                z.sub_(direction, alpha=eta)
-                x.lerp_(z, c)
-                torch.lerp(x, z, 1 - beta, out=y)
+                directions = [*adamw_directions(g, v, t, group)]
+            y, z = [local(p) for p in bucket], [local(self.state[p]["z"]) for p in bucket]
+            x = torch._foreach_lerp(y, z, 1 - 1 / group["beta"])
+            torch._foreach_mul_(z, 1 - eta * group["weight_decay"])
+            torch._foreach_sub_(z, directions, alpha=eta)
+            torch._foreach_lerp_(x, z, c)
+            torch._foreach_copy_(y, x)
+            torch._foreach_lerp_(y, z, 1 - beta)
         group["beta"] = beta
 
 
@@ -185,8 +197,9 @@ class ScheduleFreePlus(torch.optim.Optimizer):
             beta_anneal_steps=beta_anneal_steps, gradient_sum=0.0, train_mode=True))
 
     def add_param_group(self, group):
-        group["use_muon"] = False
+        group = {**group, "use_muon": False}
         super().add_param_group(group)
+        self.param_groups.pop()  # until it has been checked
         group["beta"] = group["sf_beta"]  # the β with which y was written
         if not 0 < group["sf_beta"] < 1:
             raise ValueError(f"sf_beta must be in (0, 1), got {group['sf_beta']}")
@@ -194,8 +207,10 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         check_beta1(group)
         if not 0 <= group["polyak_beta"] < 1:
             raise ValueError(f"polyak_beta must be in [0, 1), got {group['polyak_beta']}")
+        self.param_groups.append(group)
 
     def __setstate__(self, state):
+        check_state(self, state, "polyak_beta")
         for group in state["param_groups"]:
             group.setdefault("sf_beta", 0.9)  # which was fixed before it had a keyword
         super().__setstate__(state)
@@ -303,6 +318,12 @@ def annealed_beta(group):
         return group["sf_beta"]
     start, progress = 1 - group["sf_beta"], min(1.0, group["step"] / group["beta_anneal_steps"])
     return 1 - start * (0.035 / start) ** progress
+
+
+def check_state(optimizer, state, name, without=None):
+    """Raises ValueError for another optimizer's state, by the hyperparameters of its groups."""
+    if any(name not in group or without in group for group in state["param_groups"]):
+        raise ValueError(f"this is not the state of {type(optimizer).__name__}")
 
 
 def check_beta1(group):

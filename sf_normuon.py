@@ -68,11 +68,14 @@ class SFNorMuon(torch.optim.Optimizer):
             train_mode=True))
 
     def add_param_group(self, group):
+        group = dict(group)  # not the caller's: it will hold counters
         if not group.get("use_muon", True):
             group.setdefault("betas", self.defaults["adam_betas"])
         super().add_param_group(group)
+        self.param_groups.pop()  # until it has been checked
         group["beta"] = group["betas"][0]  # the β1 with which y was written
         check_group(group, "averaging_power", "beta_power")
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -80,13 +83,14 @@ class SFNorMuon(torch.optim.Optimizer):
         loss = begin_step(self, closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in (p for p in params if not self.state.get(p)):
-                self.state[p]["z"] = p.detach().clone()
-                if group["use_muon"]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])  # (m, 1)
-                else:
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            for p in params:
+                if not self.state.get(p):
+                    self.state[p]["z"] = p.detach().clone()
+                    if group["use_muon"]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                        self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])  # (m, 1)
+                    else:
+                        self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
             if params and group["lr"] != 0:  # torch's get_state_dict steps at 0 to create the state
                 self._step_group(group, params)
         return loss
@@ -98,7 +102,7 @@ class SFNorMuon(torch.optim.Optimizer):
         eta = float(group["lr"]) * min(1.0, t / T)
         weight = t ** group["averaging_power"] * eta**2
         group["weight_sum"] += weight
-        c = weight / group["weight_sum"] if group["weight_sum"] else 1.0
+        c = weight / group["weight_sum"]
         beta1 = 1 - (1 - group["betas"][0]) * min(1.0, T / t) ** group["beta_power"]
         skipped = [p for p in group["params"] if p.grad is None]
         towards_z(self, skipped, 1 - beta1 / group["beta"])  # their y follows β1, x and z stay
@@ -108,19 +112,20 @@ class SFNorMuon(torch.optim.Optimizer):
                 M = [local(self.state[p]["momentum_buffer"]) for p in bucket]  # (m, n)
                 v = [local(self.state[p]["row_second_moment"]) for p in bucket]  # (m, 1)
                 torch._foreach_lerp_(M, g, 1 - group["momentum"])
-                directions = normuon_directions(M, v, bucket[0], group, group["betas"][1])
+                u = normuon_directions(M, v, bucket[0], group, group["betas"][1])
             else:
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
-                directions = adamw_directions(g, v, t, group)
-            for p, direction in zip(bucket, directions):
-                y, z = local(p), local(self.state[p]["z"])
-                x = y.lerp(z, 1 - 1 / group["beta"])  # x = y + (1 - 1/β1) (z - y)
-                u = direction.mul_(eta)
-                if group["decay_at"] != "none":
-                    u.add_(z if group["decay_at"] == "z" else y, alpha=eta * group["weight_decay"])
-                z.sub_(u)
-                x.lerp_(z, c)
-                torch.lerp(x, z, 1 - beta1, out=y)
+                u = [*adamw_directions(g, v, t, group)]
+            y, z = [local(p) for p in bucket], [local(self.state[p]["z"]) for p in bucket]
+            x = torch._foreach_lerp(y, z, 1 - 1 / group["beta"])  # x = y + (1 - 1/β1) (z - y)
+            torch._foreach_mul_(u, eta)
+            if group["decay_at"] != "none":
+                decayed = z if group["decay_at"] == "z" else y
+                torch._foreach_add_(u, decayed, alpha=eta * group["weight_decay"])
+            torch._foreach_sub_(z, u)
+            torch._foreach_lerp_(x, z, c)
+            torch._foreach_copy_(y, x)
+            torch._foreach_lerp_(y, z, 1 - beta1)  # y = (1 - β1) z + β1 x
         group["beta"] = beta1
 
     def train(self):
@@ -166,7 +171,7 @@ class SFNorMuon(torch.optim.Optimizer):
     def __setstate__(self, state):
         """Fills in what older versions did not save. ValueError for another optimizer's state."""
         for group in state["param_groups"]:
-            if not {"use_muon", "step", "weight_sum", "train_mode", "decay_at"} <= group.keys():
+            if "decay_at" not in group:
                 raise ValueError("this is not the state of the schedule-free SFNorMuon")
             added = dict(averaging_power=0.0, beta_power=0.0, step_norm="rms")
             group.update(added | {"beta": group["betas"][0]} | group)
@@ -181,7 +186,7 @@ def param_groups(model: nn.Module) -> list[dict]:
     Blocks are what an nn.ModuleList holds.
     """
     modules = list(model.modules())
-    embeddings = [m for m in modules if isinstance(m, nn.Embedding)]
+    embeddings = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     sizes = {m.num_embeddings for m in embeddings}
     blocks = [block for m in modules if isinstance(m, nn.ModuleList) for block in m]
     # A Linear that stands in a ModuleList by itself may be one of several heads.
@@ -203,21 +208,20 @@ def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
     vs: the second moments of the rows, (m, 1) each, updated in place; beta2=1 leaves them.
     """
     m, n = like.shape[-2:]
-    Ps = polar(Ms, like, group["ns_steps"], group["ns_dtype"])
+    P = polar(Ms, like, group["ns_steps"], group["ns_dtype"])  # (B, m, n)
     length = 0.2 * math.sqrt(m * n)
     if group["step_norm"] == "spectral":
-        length = math.sqrt(m / n) * norms(Ps, like)
+        length = math.sqrt(m / n) * norms(P, like)
     if group["normalize_rows"]:
-        for P, v in zip(Ps, vs):
-            v.lerp_(torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / n, 1 - beta2)
-            P.div_(v.sqrt() + group["eps"])  # now P̂
-    factors = length / norms(Ps, like).clamp(min=1e-19)  # zero stays zero
-    return [P.mul_(factor) for P, factor in zip(Ps, factors)]
+        rows = torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / n  # (B, m, 1)
+        torch._foreach_lerp_(vs, rows.unbind(), 1 - beta2)
+        P.div_(torch.stack(vs).sqrt() + group["eps"])  # now P̂
+    return P.mul_(length / norms(P, like).clamp(min=1e-19)).unbind()  # zero stays zero
 
 
-def norms(Ps, like) -> Tensor:
+def norms(P, like) -> Tensor:
     """‖P‖_F of each matrix, (B, 1, 1), or of each matrix of a stack, (B, E, 1, 1)."""
-    squares = torch.stack([torch.linalg.matrix_norm(P, keepdim=True) ** 2 for P in Ps])
+    squares = torch.linalg.matrix_norm(P, keepdim=True) ** 2
     if like.ndim == 2:  # a stack is cut between its matrices
         squares = over_processes(squares, like)
     return squares.sqrt()
@@ -244,7 +248,9 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
         return torch.stack([newton_schulz(M, steps, dtype) for M in G])
     dtype = dtype or (torch.bfloat16 if G.is_cuda else torch.float32)
     if G.is_cuda:
-        P = compile_iteration()(G.reshape(-1, *G.shape[-2:]), steps, dtype).reshape(G.shape)
+        stack = G.reshape(-1, *G.shape[-2:])
+        torch._dynamo.maybe_mark_dynamic(stack, 0)  # fewer matrices may have a gradient next time
+        P = compile_iteration()(stack, steps, dtype).reshape(G.shape)
     else:
         P = iteration(G, steps, dtype)
     return P.to(G.dtype).contiguous()
@@ -293,17 +299,15 @@ def over_processes(sums: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(sums, like.device_mesh, placements, run_check=False).full_tensor()
 
 
-def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None) -> list[Tensor]:
-    """Polar factors of B matrices Ms of the shape (m, n) of `like`. Each process passes its rows of
-    every matrix and gets the same rows back.
+def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None) -> Tensor:
+    """Polar factors, (B, m, n), of B matrices Ms of the shape (m, n) of `like`. Each process passes
+    its rows of every matrix and gets the same rows back.
 
     The only place that needs whole matrices, so the only exchange: DTensors sharded by rows are
     redistributed (an all-to-all) so that each process holds its share of the B matrices, and back.
     """
     if not isinstance(like, DTensor) or like.ndim > 2:
-        if Ms[0].is_cuda:
-            return newton_schulz(torch.stack(Ms), steps, dtype).unbind()
-        return [newton_schulz(M, steps, dtype) for M in Ms]
+        return newton_schulz(torch.stack(Ms), steps, dtype)
     m, n = like.shape
     rows = [Shard(1) if p.is_shard() else p for p in like.placements]
     split = [p if p.is_shard() else Shard(0) for p in rows]  # DTensor's direct plan would gather
@@ -314,7 +318,7 @@ def polar(Ms: list[Tensor], like: Tensor, steps: int, dtype: torch.dtype | None)
     stack = wrap(torch.stack(Ms).to(dtype), placements=rows)
     mine = stack.redistribute(placements=split).redistribute(placements=whole).to_local()
     stack = wrap(newton_schulz(mine, steps, dtype), placements=whole).redistribute(placements=rows)
-    return stack.to_local().to(Ms[0].dtype).unbind()
+    return stack.to_local().to(Ms[0].dtype)
 
 
 # ---- speed
@@ -343,21 +347,22 @@ def begin_step(optimizer, closure):
         raise RuntimeError("step() in eval mode: call .train() before the forward pass")
     with torch.enable_grad():
         loss = None if closure is None else closure()
+    kind = lambda t: (tuple(t.shape), t.dtype, t.device, t.layout)
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        tensors = {"gradient": p.grad, **optimizer.state.get(p, {})}
-        tensors.pop("row_second_moment", None)  # has a shape of its own
-        for name, t in tensors.items():
-            got, own = ((tuple(t.shape), t.dtype, t.device, t.layout) for t in (t, p))
-            if got != own or t.dtype == torch.float16:
-                raise ValueError(f"{name} {got} must be like its parameter {own}, and not float16")
+        for name, t in {"gradient": p.grad, **optimizer.state.get(p, {})}.items():
+            alike = kind(t) == kind(p) or name == "row_second_moment"  # it has a shape of its own
+            if not alike or t.dtype == torch.float16:
+                raise ValueError(f"{name} {kind(t)} must be like its parameter {kind(p)}, and not "
+                                 "float16")
     return loss
 
 
 @torch.no_grad()
 def towards_z(optimizer, params, weight: float) -> None:
     """w ← w + weight (z - w), in place, for each parameter w that has a state."""
-    for p in (p for p in params if optimizer.state.get(p)):
-        local(p).lerp_(local(optimizer.state[p]["z"]), weight)
+    for p in params:
+        if optimizer.state.get(p):
+            local(p).lerp_(local(optimizer.state[p]["z"]), weight)
 
 
 def check_group(group: dict, *names: str) -> None:
@@ -366,11 +371,14 @@ def check_group(group: dict, *names: str) -> None:
     for name, value in {**least, "ns_steps": 1}.items():
         if not group.get(name, value) >= value:
             raise ValueError(f"{name} must be at least {value}, got {group[name]}")
-    for name, value in (("beta2", group["betas"][1]), ("momentum", group.get("momentum", 0))):
+    below_1 = dict(beta2=group["betas"][1], adam_beta2=group.get("adam_betas", (0, 0))[1],
+                   momentum=group.get("momentum", 0))
+    for name, value in below_1.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
-    if not 0 < group.get("beta", 1) <= 1:  # at 0, y = z and x could not be recovered
-        raise ValueError(f"beta1 must be in (0, 1], got {group['beta']}")
+    for beta1 in group.get("beta", 1), group.get("adam_betas", (1, 0))[0]:
+        if not 0 < beta1 <= 1:  # at 0, y = z and x could not be recovered
+            raise ValueError(f"beta1 must be in (0, 1], got {beta1}")
     for name, known in (("decay_at", ("z", "y", "none")), ("step_norm", ("rms", "spectral"))):
         if group.get(name, known[0]) not in known:
             raise ValueError(f"{name} must be one of {known}, got {group[name]!r}")

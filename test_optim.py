@@ -30,19 +30,13 @@ def start(w):
 
 
 def polar(M, ns_steps=5):
-    """Newton-Schulz: from X = M / ‖M‖_F, ns_steps times X ← a X + b (XXᵀ) X + c (XXᵀ)² X.
-
-    It acts on the singular values alone, σ ← aσ + bσ³ + cσ⁵, so X = U diag(σ) Vᵀ becomes
-    U diag(σ') Vᵀ = X V diag(σ' / σ) Vᵀ. In the last form a row of zeros stays exactly zero.
-    """
+    """Newton-Schulz: from X = M / ‖M‖_F, ns_steps times X ← a X + b (XXᵀ) X + c (XXᵀ)² X."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    M = M.double()
-    X = M / M.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-300)
-    _, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    ratio = torch.ones_like(sigma)  # σ' / σ
+    X = M.double() / M.double().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-300)
     for _ in range(ns_steps):
-        ratio = ratio * (a + b * (sigma * ratio) ** 2 + c * (sigma * ratio) ** 4)
-    return X @ Vh.mT * ratio[..., None, :] @ Vh
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
 
 
 def coefficients(group):
@@ -399,7 +393,7 @@ class Expert(nn.Module):
 class Model(nn.Module):
     def __init__(self, tied):
         super().__init__()
-        self.words, self.places = nn.Embedding(11, 8), nn.Embedding(5, 8)
+        self.words, self.places = nn.Embedding(11, 8), nn.EmbeddingBag(5, 8)
         self.blocks = nn.ModuleList(Expert(8, 11) for _ in range(2))
         self.first = nn.Linear(8, 16)
         self.head = nn.Linear(8, 11)

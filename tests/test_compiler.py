@@ -93,10 +93,12 @@ def work(config):
         optimizer = build_optimizer(cfg, model)
         idx = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long, device="cuda")
 
-        def step():
+        def step(without=()):
             with train.autocast(cfg):
                 loss = model(idx, idx)
             loss.backward()
+            for p in without:
+                p.grad = None
             optimizer.step()
             model.zero_grad()
 
@@ -106,7 +108,10 @@ def work(config):
                 model(idx, idx)
             optimizer.train()
 
-        for part in (step, step, step, evaluation, step, step, evaluation):
+        def fewer_matrices():  # as of experts that had no token
+            step([model.blocks[0].attn.q.weight])
+
+        for part in (step, step, step, evaluation, step, fewer_matrices, evaluation):
             part()
             counts.append(len(graphs))
         weights = sum(p.numel() for p in model.parameters())

@@ -50,6 +50,23 @@ def test_adam_betas_out_of_range_are_refused(bad):
     group = {"params": [nn.Parameter(torch.zeros(3))], "use_muon": False}
     with pytest.raises(ValueError, match="beta"):
         SFNorMuon([group], adam_betas=bad)
+    with pytest.raises(ValueError, match="beta"):  # though no group has them yet
+        SFNorMuon([nn.Parameter(torch.zeros(3, 2))], adam_betas=bad)
+
+
+@all_classes
+def test_a_refused_group_leaves_no_trace_and_groups_are_not_shared(cls):
+    (w, b), grads = draw([(3, 2), (4,)], 2)
+    groups = [{"params": [nn.Parameter(w)], "use_muon": True}]
+    opt, (p,) = cls(groups, **ALL_KNOBS[cls]), groups[0]["params"]
+    given = {"params": [nn.Parameter(b)], "lr": -1.0, "use_muon": False}
+    with pytest.raises(ValueError, match="lr"):
+        opt.add_param_group(given)
+    assert len(opt.param_groups) == 1 and given.keys() == {"params", "lr", "use_muon"}
+    step(opt, [p], grads[0][:1])
+    assert opt.param_groups[0]["step"] == 1
+    another = cls(groups, lr=0.5)  # of the same dicts, which hold no counters
+    assert another.param_groups[0]["step"] == 0 and another.param_groups[0]["lr"] == 0.5
 
 
 def test_adam_betas_are_for_groups_of_the_rest_without_betas_of_their_own():
@@ -463,16 +480,18 @@ def test_a_state_of_an_older_version_is_completed(cls):
     same_run(params, opt, params_2, opt_2)
 
 
-@pytest.mark.parametrize("other", [torch.optim.AdamW, AMUSE], ids=lambda cls: cls.__name__)
-def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(other):
+@pytest.mark.parametrize("cls, other", [
+    (cls, other) for cls in ALL_KNOBS for other in (*ALL_KNOBS, torch.optim.AdamW) if cls != other],
+    ids=name_of)
+def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(cls, other):
     weights, grads = draw(SHAPES, 3)
-    (a, opt_a), (b, opt_b) = (make(weights, SFNorMuon, **FAST) for _ in range(2))
+    (a, opt_a), (b, opt_b) = (make(weights, cls, **ALL_KNOBS[cls]) for _ in range(2))
     c = [nn.Parameter(w.clone()) for w in weights]
-    adamw = other([{"params": c[part], "use_muon": part != GROUPS[2]} for part in GROUPS])
-    for params, opt in ((a, opt_a), (b, opt_b), (c, adamw)):
+    another = other([{"params": c[part], "use_muon": part != GROUPS[2]} for part in GROUPS])
+    for params, opt in ((a, opt_a), (b, opt_b), (c, another)):
         step(opt, params, grads[0])
-    with pytest.raises(ValueError, match="schedule-free"):
-        opt_b.load_state_dict(adamw.state_dict())
+    with pytest.raises(ValueError, match=f"not the state of .*{cls.__name__}"):
+        opt_b.load_state_dict(another.state_dict())
     for gs in grads[1:]:
         step(opt_a, a, gs), step(opt_b, b, gs)
     same_run(a, opt_a, b, opt_b)
