@@ -76,7 +76,7 @@ def start(cfg: Config, now: Progress) -> None:
     lines = []
     if step and log.exists():
         for line in log.read_bytes().splitlines():
-            with suppress(ValueError):  # the last line may have been cut by a kill
+            with suppress(ValueError, KeyError, TypeError):  # a kill may have cut the last line
                 if json.loads(line)["step"] <= step:
                     lines.append(line.rstrip() + b"\n")
     if 0 < step == now.data_step:  # other data from here on; the next step's, so that it can be cut
@@ -124,7 +124,7 @@ def resume(cfg: Config, model, optimizer, now: Progress) -> None:
             restore(ckpt, saved, model, optimizer)
         except (OSError, ValueError) as e:
             raise Failure(f"{e}: put a copy in its place, or start over with --resume=False")
-        now.step, now.train_time_s, now.data_step = saved["step"], saved["train_time_s"], data_step
+        now.step, now.train_time_s, now.data_step = saved["step"], saved.get("train_time_s", 0.0), data_step
 
     together(put)
     same_everywhere(f"the step of {ckpt}, which all nodes must share,", now.step)
@@ -133,9 +133,9 @@ def resume(cfg: Config, model, optimizer, now: Progress) -> None:
 def check_resume(cfg: Config, model, now: Progress, ckpt: Path, saved: dict) -> int:
     """Refuses a checkpoint of another run. Returns the step before the first on these shards."""
     way_out = "or start over with --resume=False or in another --out_dir"
-    before = {**saved["config"], **saved["model_config"]}
+    before = {**asdict(Config()), **saved["config"], **saved["model_config"]}
     for key, value in {**asdict(cfg), **asdict(model.config)}.items():
-        if key not in MAY_CHANGE and before.get(key, value) != value:
+        if key not in MAY_CHANGE and before[key] != value:
             raise Failure(f"{key} is {value!r}, but {ckpt} was made with {before[key]!r}: "
                           f"go on with that, {way_out}", 2)
     if "shards" in saved:

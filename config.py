@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> Config:
                 value = "True"
             elif not equals and key in knobs:
                 raise Failure(f"{argument}: write it --{key}=value", 2)
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError):
+            with contextlib.suppress(Exception):  # what is no literal is a string
                 if key in knobs and knobs[key].type is not str:
                     value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
             given.append(("command line", key, value))
@@ -116,7 +116,8 @@ def convert(where: str, key: str, value, kind: type):
     number = lambda v: type(v) in (int, float) and abs(v) < 3.4e38  # that fits into float32
     if kind in (bool, str) and type(value) is kind:
         return value
-    if kind in (int, float) and number(value) and (kind is float or value == int(value)):
+    if kind in (int, float) and number(value) and (
+            kind is float or value == int(value) and abs(value) < 2**63):
         return kind(value)
     if kind is tuple and type(value) in (tuple, list) and len(value) == 2:
         if all(map(number, value)):
@@ -142,10 +143,12 @@ def check(cfg: Config) -> None:
         need(getattr(cfg, knob) >= least, knob, f"at least {least}")
     for knob in ("betas", "adam_betas"):  # torch looks at its defaults, not at its groups
         beta1, beta2 = getattr(cfg, knob)
-        need(0 <= beta1 <= 1 and 0 <= beta2 < 1 and beta1 + scheduled < 2, knob, "in [0, 1)")
+        need(0 <= beta2 < 1 and (0 <= beta1 < 1 or beta1 == 1 and not scheduled), knob, "in [0, 1)")
     need(0 < cfg.sf_beta < 1, "sf_beta", "in (0, 1)")
     need(cfg.seed < 2**32, "seed", "below 2**32")
     need(cfg.ns_steps < 100, "ns_steps", "below 100")
+    need(cfg.momentum < 1, "momentum", "in [0, 1)")
+    need(cfg.averaging_power <= 20, "averaging_power", "at most 20")  # weights are powers of t
     need(scheduled or cfg.schedule == "constant", "schedule", f"constant for {cfg.optimizer}")
     need(cfg.max_tokens or cfg.schedule == "constant", "max_tokens", f"known for {cfg.schedule}")
     need(WORLD_SIZE % (cfg.shard_size or 1) == 0, "shard_size", f"a divisor of {WORLD_SIZE}")
@@ -162,8 +165,8 @@ def check(cfg: Config) -> None:
 
 def take_device(device: str) -> str:
     """Takes this process's card, to leave nothing on the others. Returns cuda, mps or cpu."""
-    kind, _, number = device.partition(":")
-    if kind not in DEVICES or number and not number.isdecimal():
+    kind, colon, number = device.partition(":")
+    if kind not in DEVICES or colon and not number.isdecimal():
         raise Failure(f"device must be one of {', '.join(DEVICES)} here, got {device!r}", 2)
     if kind == "cuda":
         cards, card = torch.cuda.device_count(), int(number or LOCAL_RANK)

@@ -39,14 +39,17 @@ def eval_range(cfg: Config, data: TokenBatches) -> range:
 @torch.no_grad()
 def evaluate(cfg: Config, model: GPT, data: TokenBatches) -> float:
     """Mean loss in nats over eval_tokens, the same ones on any number of processes."""
-    sequences, total = eval_range(cfg, data), 0.0
+    sequences, losses, counts = eval_range(cfg, data), [], []
     for first in range(0, len(sequences), WORLD_SIZE * cfg.batch_size):
         mine = sequences[first + RANK * cfg.batch_size:][:cfg.batch_size]
         # Every process needs a batch of the same shape: uncounted sequences fill it up.
         x, y = get_batch(cfg, data, [*mine, *[sequences[-1]] * (cfg.batch_size - len(mine))])
         y[len(mine):] = -1
         with autocast(cfg):
-            total += model(x, y).item() * len(mine)
+            losses.append(model(x, y))
+        counts.append(len(mine))
+    losses = torch.stack(losses).tolist()  # the only wait for the device
+    total = sum(loss * count for loss, count in zip(losses, counts))
     if WORLD_SIZE > 1:
         model.reshard()  # or the embedding stays gathered: the next step would see x in it
         total = torch.tensor(total, dtype=torch.float64, device=cfg.device)
@@ -71,7 +74,10 @@ def bits_per_byte(cfg: Config, data: TokenBatches, tokenizer, loss: float) -> fl
 def load_tokenizer(meta: dict):
     """The tokenizer; None, after a line that says so, if it cannot be loaded."""
     try:
-        return get_tokenizer(meta["tokenizer"])
+        tokenizer = get_tokenizer(meta["tokenizer"])
+        if tokenizer.vocab_size > meta["vocab_size"]:
+            raise ValueError("the data has fewer words")
+        return tokenizer
     except Exception as e:  # tiktoken downloads, which can fail in any way
         say(f"(the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})")
 

@@ -8,6 +8,7 @@ Needs transformers >= 4.53, here and where the folder is read. The weights stay 
 ours, the tokenizer takes "<|endoftext|>" in a text for the token of that name.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -81,8 +82,10 @@ def model_card(run, model, saved):
     if run.is_dir() or run.name == "ckpt.pt":  # another file may come from another run
         name, log = folder.name, folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        evaluations = [e for e in entries if "val_loss" in e and e["step"] <= saved["step"]]
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill may cut a line
+                if "val_loss" in (e := json.loads(line)) and e["step"] <= saved["step"]:
+                    evaluations.append(e)
     figures = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
                "tokens": f"{saved['tokens']:,}", "steps": f"{saved['step']:,}",
                "optimizer": cfg["optimizer"], "data": cfg["data_dir"]}
@@ -138,6 +141,8 @@ def main():
             os.replace(file, out / file.name)
     except (FileNotFoundError, NotADirectoryError) as e:
         fail(e)
+    except KeyError as e:
+        fail(f"{args.run}: its config has no {e}", 1)
     except (OSError, ValueError, SafetensorError) as e:
         fail(e, 1)
     finally:

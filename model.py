@@ -190,7 +190,7 @@ def draw(logits, temperature, top_k, top_p, generator) -> Tensor:
     p = F.softmax(logits, dim=-1)
     if top_p is not None:
         largest, order = p.sort(dim=-1, descending=True)
-        excess = largest.cumsum(-1) - largest >= top_p  # the likelier tokens have top_p already
+        excess = largest.cumsum(-1) - largest >= max(top_p, 1e-30)  # the likelier have it already
         p = p.masked_fill(excess.scatter(-1, order, excess), 0)
     return torch.multinomial(p, 1, generator=generator)
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from data import read_meta, read_shard, write_atomically, write_shard
 
 FINEWEB = "HuggingFaceFW/fineweb"
+NO_TEXT = "no text in column `{}`; --column names another"
 BATCH_CHARS = 2**20  # of text that a thread encodes at once
 # tiktoken overflows its stack on half a million blanks, so long texts are encoded in pieces. They
 # end before a blank that follows a word where they can, since no token crosses such a place.
@@ -94,7 +95,10 @@ def get_tokenizer(name):
 def read_parquet(file, column):
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=[column]):
+    table = pyarrow.parquet.ParquetFile(file)
+    if table.metadata.num_rows and column not in table.schema_arrow.names:
+        raise ValueError(NO_TEXT.format(column))
+    for batch in table.iter_batches(256, columns=[column]):
         for row in batch.to_pylist():
             yield row.get(column)
 
@@ -189,8 +193,8 @@ def read_batches(files, column, lines, start):
         try:
             with open_binary(files[i]) as file:
                 for n, texts in enumerate(cut_batches(reader(file, column))):
-                    if n == 0 and not any(text is not None for text in texts):
-                        raise ValueError(f"no text in column `{column}`; --column names another")
+                    if n == 0 and reader is read_json and {*texts} == {None}:
+                        raise ValueError(NO_TEXT.format(column))
                     if [i, n] >= start:  # those before it were encoded by an interrupted run
                         yield [i, n], texts, reader is read_text and n > 0
         except UnicodeDecodeError as e:
@@ -250,6 +254,8 @@ def open_folder(out, made_with):
             try:
                 with open(path, encoding="utf-8") as file:
                     found = json.load(file)
+                if not isinstance(found, dict):
+                    raise ValueError("not an object")
             except ValueError as e:
                 fail(f"{path}: not valid JSON ({e}); give another --out")
             for key, value in made_with.items():
@@ -418,6 +424,8 @@ def arguments():
     for option in ("lines", "column", "tokenizer", "tokens", "shard_tokens"):
         if args.shards and getattr(args, option) != parser.get_default(option):
             fail(f"--shards fetches GPT-2 tokens as they are, without --{option.replace('_', '-')}")
+    if args.shard_tokens >= 2**31:
+        fail("--shard-tokens must be below 2**31, which a shard's header can count")
     for path in args.files or ():
         if not kind_of(path)[0]:
             fail(f"{path}: unknown kind of file; known: {', '.join(READERS)}, also as .gz or .zst")

@@ -582,14 +582,15 @@ def test_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", id=[1] * 12,
                   content=pyarrow.array(texts).dictionary_encode(), text=list(range(12)))
     write_parquet(tmp_path / "b.parquet", content=pyarrow.array(texts, pyarrow.large_string()))
+    write_parquet(tmp_path / "null.parquet", content=pyarrow.array([None], pyarrow.string()))
     (tmp_path / "c.jsonl").write_text('{"id": 1}\n' * 2 + '{"content": "c", "text": 3}\n')
     (tmp_path / "d.json").write_text('{"content": "d"}\n{"content": null}')
-    files = ["a.parquet", "b.parquet", "c.jsonl", "d.json"]
+    files = ["a.parquet", "null.parquet", "b.parquet", "c.jsonl", "d.json"]
     command = ["--files", *files, "--tokenizer", "byte", "--out", "x"]
     status, out, _ = run(*command, "--column", "content", cwd=tmp_path)
-    assert status == 0 and "skipped 9 rows whose `content` is null" in out
+    assert status == 0 and "skipped 10 rows whose `content` is null" in out
     assert flat(tmp_path / "x") == as_bytes(["a", "b", "a"] * 6 + ["c", "d"])
-    refused(run(*command[:2], *command[5:], "--out", "y", "--column", "c", cwd=tmp_path), 1,
+    refused(run(*command[:2], *command[6:], "--out", "y", "--column", "c", cwd=tmp_path), 1,
             "no text in column `c`", "--column")
 
 
@@ -651,10 +652,12 @@ def test_bad_files(tmp_path, name, content, words):
     (2, ["--files", "a.txt", "--out", "foreign"], ["b_train_000000.bin"]),
     (2, ["--shards", "1", "--out", "foreign"], ["b_train_000000.bin"]),
     (2, ["--files", "a.txt", "--out", "noise"], ["progress.json", "not valid JSON"]),
+    (2, ["--files", "a.txt", "--out", "list"], ["progress.json", "not valid JSON"]),
+    (2, ["--files", "a.txt", "--shard-tokens", "2147483648"], ["--shard-tokens", "2**31"]),
     (1, ["--files", "a.txt", "--out", "a.txt/x"], ["a.txt"])])
 def test_bad_arguments(tmp_path, status, args, words):
     for name, content in {"a.txt": "x\ny\n", "foreign/b_train_000000.bin": "",
-                          "noise/progress.json": "{"}.items():
+                          "noise/progress.json": "{", "list/progress.json": "[]"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     refused(run("--tokenizer", "byte", *args, cwd=tmp_path) if "--shards" not in args

@@ -50,7 +50,7 @@ def test_log_is_cut(cwd, reference):
     run = Run(cwd, max_tokens=8 * BATCH).wait()
     log = run.folder / "log.jsonl"
     whole = log.read_bytes()
-    log.write_bytes(whole + b'{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
+    log.write_bytes(whole + b'{}\nnull\n{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
     run = Run(cwd).wait()
     assert log.read_bytes().startswith(whole) and list(run.values("loss")) == list(range(1, 13))
     assert [e["step"] for e in run.log() if "loss" in e] == list(range(1, 13))
@@ -219,6 +219,9 @@ def test_an_older_state_is_completed_or_refused(cwd, place, reference):
         del group["averaging_power"], group["beta_power"], group["beta"]
     for key in ("eval_offset", "sf_beta"):
         del saved["config"][key]
+    torch.save(saved, cwd / "run/ckpt.pt")
+    Run(cwd, **more, eval_offset=64).wait(2).complaint("eval_offset is 64", "made with 0")
+    del saved["train_time_s"]  # which no reader needs
     torch.save(saved, cwd / "run/ckpt.pt")
     assert_same(Run(cwd, **more).wait().checkpoint(), whole.wait().checkpoint())
     groups = saved["optimizer"]["param_groups"]

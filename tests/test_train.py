@@ -246,6 +246,16 @@ def test_bfloat16(cwd, place):
     assert run.values("loss")[12] < run.values("loss")[1] - 0.5
 
 
+def test_a_tokenizer_with_more_words_than_the_data(cwd, data):
+    """The run ends as others do, without the sample."""
+    (cwd / "data").unlink()
+    shutil.copytree(data, cwd / "data")
+    (cwd / "data/meta.json").write_text('{"tokenizer": "byte", "vocab_size": 256}')
+    run = Run(cwd, max_tokens=2 * BATCH).wait()
+    assert "byte could not be loaded: ValueError" in run.out and "finished" in run.out
+    assert "nats" in Run(cwd, eval_only=True).wait().out
+
+
 # ---------------------------------------------------------------- failures on the way
 
 @pytest.mark.parametrize("lr", [1e12, 1e30])

@@ -125,7 +125,7 @@ def test_sample(finished, call):
     three = call(sample.main, ckpt, "--samples=3", "--tokens=20")[1].split("\n---------------\n")
     assert len(three) == 3 and len({*three}) > 1
     flags = ("--temperature=0", "--temperature=1e-45", "--temperature=1e-320", "--top_k=1",
-             "--top_p=1e-6")
+             "--top_p=1e-6", "--top_p=1e-320")
     greedy = [call(sample.main, ckpt, "--tokens=20", flag)[1] for flag in flags]
     assert len(greedy[0]) > 10 and len({*greedy}) == 1
 
@@ -241,6 +241,19 @@ def test_export(finished, tmp_path, call, name):
         greedy = model.generate(idx[:1, :5], max_new_tokens=20, do_sample=False)
         assert torch.equal(greedy, gpt.generate(idx[:1, :5], greedy.size(1) - 5, temperature=0,
                                                 vocab_size=257))
+
+
+def test_export_of_a_damaged_log_or_config(finished, tmp_path, call):
+    pytest.importorskip("transformers")
+    shutil.copytree(finished.folder, tmp_path / "run")
+    with (tmp_path / "run/log.jsonl").open("a") as log:
+        log.write('{"val_loss": }\nnull\n{"val_loss": 1}\n')
+    assert call(export_hf.main, tmp_path / "run", tmp_path / "out")[0] == 0
+    loss = list(finished.values("val_loss").values())[-1]
+    assert f"at step 12 | {loss:.4f} nats" in (tmp_path / "out/README.md").read_text()
+    torch.save({**finished.checkpoint(), "config": {}}, tmp_path / "bare.pt")
+    status, _, err = call(export_hf.main, tmp_path / "bare.pt", tmp_path / "other")
+    assert status == 1 and "bare.pt" in err and "optimizer" in err and err.count("\n") == 1
 
 
 def test_padded_batches(finished, tmp_path, call):
