@@ -24,7 +24,7 @@ class Config:
     out_dir: str = ""  # for config.json, log.jsonl and ckpt.pt; "": runs/<name of the config>
     data_dir: str = "data/fineweb"  # token shards, made by prepare_fineweb.py
     seed: int = 0  # of the initial weights and of the order of the batches
-    device: str = DEVICES[0]  # cuda, mps or cpu: the first that is there
+    device: str = DEVICES[0]  # cuda, mps or cpu; default: the first available
     dtype: str = ""  # of products: float32 or bfloat16; "": bfloat16 on cuda. Weights are float32
     compile: bool = CUDA  # torch.compile the blocks and the loss
     activation_checkpointing: bool = False  # compute each block twice: slower, far less memory

@@ -18,7 +18,7 @@ the model you deploy; y, between them, is where gradients are taken. A hidden we
 
 from x = y = z, M = 0 and v = 0. There is no bias correction, since polar(M) and P̂ / ‖P̂‖_F do not
 change with a common factor. Every other parameter (embeddings, output head, gains) takes AdamW's
-step without a first moment, whose part y plays: v ← β2 v + (1-β2) g⊙g, then the last lines with
+step without the first moment, whose role y takes: v ← β2 v + (1-β2) g⊙g, then the last lines with
 u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and x while
 evaluating; the state holds z. test_optim.py opens with the same as an executable reference.
 """
@@ -44,7 +44,7 @@ class SFNorMuon(torch.optim.Optimizer):
     betas: β1 in (0, 1], which places y; β2 in [0, 1), the decay of the second moments.
     adam_betas: the betas of groups with use_muon=False that set none.
     warmup_steps: T_warmup. ns_steps, ns_dtype: steps and dtype of `newton_schulz`.
-    decay_at: "z", or an ablation of Fig. 2: "y", "none". normalize_rows=False: that of Fig. 3.
+    decay_at: "z"; "y" and "none" are the ablations of Fig. 2, normalize_rows=False that of Fig. 3.
     averaging_power: r, for c = tʳ η_t² / Σ iʳ η_i² (Schedule-Free, arXiv:2405.15682).
     beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p (AMUSE, arXiv:2605.22432, ρ).
     step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), for

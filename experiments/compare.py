@@ -3,12 +3,12 @@
     python experiments/compare.py runs/*                     your own runs: tables, and figures/
     python experiments/compare.py runs/* --target=3.28       steps, tokens and seconds to a loss
     python experiments/compare.py --follow runs/mine         a running job: runs/mine/curve.svg
-    python experiments/compare.py experiments/results/small.jsonl --readme experiments/README.md
-    python experiments/compare.py experiments/results/small.jsonl --readme README.md --check
+    python experiments/compare.py experiments/results/settled.jsonl --readme README.md
+    python experiments/compare.py experiments/results/settled.jsonl --readme README.md --check
 
 A row is what the study calls it: the name of the run without tune_, horizon, rate and seed. Your
 own runs are named by their optimizer and folder. Runs named tune_* are in no mean. --readme
-rewrites the text between <!-- results: small --> (all tables) or <!-- results: small headline -->
+rewrites the text between <!-- results: name --> (all tables) or <!-- results: name headline -->
 (what the study's `headline` names) and <!-- /results -->. --check exits 1 if that text differs.
 """
 import argparse
@@ -219,7 +219,8 @@ def rewrite(page: Path, texts: dict[str, str], check: bool) -> None:
         pattern = rf"(<!-- results: {re.escape(title)} -->\n).*?(<!-- /results -->)"
         new = re.sub(pattern, lambda m: m[1] + text + m[2], new, flags=re.S)
     if not any(f"<!-- results: {title} -->" in old for title in texts):
-        print(f"{page} has no <!-- results: {next(iter(texts))} --> … <!-- /results -->")
+        missing = f"{page} has no <!-- results: {next(iter(texts))} --> … <!-- /results -->"
+        sys.exit(f"compare.py: {missing}") if check else print(missing)
     if check and new != old:
         sys.exit(f"compare.py: {page}: its tables of {next(iter(texts))} are not what the runs "
                  "say: run this without --check")

@@ -3,11 +3,12 @@
     python experiments/continual.py     97M tokens; after an interruption the same command goes on
 
 The kernel's C files to 16x, then 4x of Webster's dictionary, with the recommended configuration and
-the AdamW that settled.py chose at 4x. The anytime run just goes on (--change_data) and is read at 1x, 2x and 4x, or its
-average starts over (`restart`: --init_from). AdamW has to know its length: for each of the three a
-run of its own starts from the weights of the one that ended, warmed up again, with a cosine or with
-WSD. `fresh` starts from random weights. Written: results/continual.jsonl (as of a study; an evaluation also has old_loss, on
-the kernel's text) and results/continual.svg.
+the AdamW that settled.py chose at 4x. The anytime run just goes on (--change_data) and is read at
+1x, 2x and 4x, or its average starts over (`restart`: --init_from). AdamW has to know its length:
+for each of the three a run of its own starts from the weights of the one that ended, warmed up
+again, with a cosine or with WSD. `fresh` starts from random weights. Written:
+results/continual.jsonl (as of a study; an evaluation also has old_loss, on the kernel's text) and
+results/continual.svg.
 """
 import json
 import os

@@ -183,6 +183,8 @@ def test_only_the_text_between_markers_is_rewritten(tmp_path, capsys):
     page.write_text("no markers\n")
     compare.rewrite(page, texts, check=False)
     assert "page.md has no <!-- results: a -->" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="page.md has no <!-- results: a -->"):
+        compare.rewrite(page, texts, check=True)
     assert page.read_text() == "no markers\n"
 
 
