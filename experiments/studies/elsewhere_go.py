@@ -21,8 +21,7 @@ def both(decay):
 
 
 optimizers = {
-    "recommended": dict(hindsight["optimizers"]["recommended"],
-                        warmup_steps=hindsight["base"]["warmup_steps"]),
+    "recommended": hindsight["recommended"],
     "anytime": dict(optimizer="sf_normuon", lr=0.0134, **both(0.0125), betas=(0.6, 0.95),
                     adam_betas=(0.6, 0.99), momentum=0.9, warmup_steps=100, decay_at="y",
                     averaging_power=1.0, seeds=range(3)),  # carries no claim
