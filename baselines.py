@@ -157,7 +157,7 @@ class AMUSE(torch.optim.Optimizer):
                 directions = P.mul_(scale).unbind()
             else:
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
-                directions = [*adamw_directions(g, v, t, group)]
+                directions = adamw_directions(g, v, t, group)
             y, z = [local(p) for p in bucket], [local(self.state[p]["z"]) for p in bucket]
             x = torch._foreach_lerp(y, z, 1 - 1 / group["beta"])
             torch._foreach_mul_(z, 1 - eta * group["weight_decay"])

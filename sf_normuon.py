@@ -115,7 +115,7 @@ class SFNorMuon(torch.optim.Optimizer):
                 u = normuon_directions(M, v, bucket[0], group, group["betas"][1])
             else:
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
-                u = [*adamw_directions(g, v, t, group)]
+                u = adamw_directions(g, v, t, group)
             y, z = [local(p) for p in bucket], [local(self.state[p]["z"]) for p in bucket]
             x = torch._foreach_lerp(y, z, 1 - 1 / group["beta"])  # x = y + (1 - 1/β1) (z - y)
             torch._foreach_mul_(u, eta)
@@ -227,12 +227,15 @@ def norms(P, like) -> Tensor:
     return squares.sqrt()
 
 
-def adamw_directions(gs, vs, t, group):
+def adamw_directions(gs, vs, t, group) -> list[Tensor]:
     """g / (√(v / (1-β2ᵗ)) + ε) for each gradient, after v ← β2 v + (1-β2) g⊙g in place."""
     beta2 = group["betas"][1]
-    for g, v in zip(gs, vs):
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        yield g / (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gs, gs, value=1 - beta2)
+    scales = torch._foreach_div(vs, 1 - beta2**t)
+    torch._foreach_sqrt_(scales)
+    torch._foreach_add_(scales, group["eps"])
+    return torch._foreach_div(gs, scales)
 
 
 def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:

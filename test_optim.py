@@ -452,3 +452,5 @@ def test_readme_lines_for_your_own_loop(monkeypatch):
     assert not names["opt"].param_groups[0]["train_mode"]
     with pytest.raises(RuntimeError, match="train"):
         names["opt"].step()
+    exec(re.search(r"recommended configuration.*?```python\n(.*?)```", readme, re.DOTALL)[1], names)
+    names["opt"].step()

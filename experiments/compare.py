@@ -8,8 +8,9 @@
 
 A row is what the study calls it: the name of the run without tune_, horizon, rate and seed. Your
 own runs are named by their optimizer and folder. Runs named tune_* are in no mean. --readme
-rewrites the text between <!-- results: name --> (all tables) or <!-- results: name headline -->
-(what the study's `headline` names) and <!-- /results -->. --check exits 1 if that text differs.
+rewrites the text between <!-- results: name --> (all tables), <!-- results: name headline --> (the
+rows that the study's `headline` names) or <!-- results: name claims --> and <!-- /results -->.
+--check exits 1 if that text differs.
 """
 import argparse
 import contextlib
@@ -81,12 +82,13 @@ def target_cells(row: Row, target: float) -> list[str]:
 
 def claims(c: Comparison) -> str:
     """The declared claims, p by Holm over all of them; none with fewer than 3 seeds on a side."""
-    margin, found = c.study["margin"], []
+    margin, found, words = c.study["margin"], [], c.study.get("headline", {})
     for label, rival, times in c.study["claims"]:
         h = times * c.study["tokens"]
         a, b = ([*c.losses(name, h)] for name in (label, rival))
         values = welch(a, b) if a and b else None
-        found.append((f"{label}, {rival}, {times}x", values, min(len(a), len(b)) > 2))
+        title = f"{words.get(label, label)} less {words.get(rival, rival)}, {times}x"
+        found.append((title, values, min(len(a), len(b)) > 2))
     ps = holm([values[3] if values and enough else 1.0 for _, values, enough in found])
     lines = []
     for (title, values, enough), p in zip(found, ps):
@@ -97,7 +99,7 @@ def claims(c: Comparison) -> str:
         verdict = "equal" if -margin < low and high < margin else (
             "open" if p >= 0.05 else "lower" if difference < 0 else "higher")
         lines.append([title, f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.2g}", verdict])
-    return (f"Declared claims, first less second, 95% interval (Welch), p by Holm; equal: the "
+    return (f"Declared claims: difference with its 95% interval (Welch), p by Holm; equal: the "
             f"interval lies within ± {margin:g}:\n\n"
             + markdown(["", "difference", "p", "verdict"], lines))
 
@@ -275,6 +277,8 @@ def main() -> None:
             draw(found, out)
         if study.get("headline"):
             texts[f"{file.stem} headline"] = headline(found[0])
+        if study.get("claims"):
+            texts[f"{file.stem} claims"] = claims(found[0])
     if args.readme:
         rewrite(args.readme, {file.stem: text, **texts}, args.check)
     if not args.check:

@@ -132,12 +132,12 @@ def test_claims_are_corrected_by_holm_and_judged_by_the_margin(tmp_path):
     assert ps["almost"] < 0.05 < adjusted["almost"]
     for name, values in raw.items():
         verdict = {"almost": "open"}.get(name, name)
-        assert cells(text, f"{name}, base, 2x", "±") == [
+        assert cells(text, f"{name} less base, 2x", "±") == [
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*values), f"{adjusted[name]:.2g}", verdict]
-    assert cells(text, "base, almost, 2x", "±")[1] == f"{adjusted['almost']:.2g}"
+    assert cells(text, "base less almost, 2x", "±")[1] == f"{adjusted['almost']:.2g}"
     difference = np.mean(losses["two"]) - np.mean(losses["base"])
-    assert cells(text, "two, base, 2x", "±") == [f"{difference:+.4f}", "", "fewer than 3 seeds"]
-    assert cells(text, "missing, base, 2x", "±") == ["", "", "fewer than 3 seeds"]
+    assert cells(text, "two less base, 2x", "±") == [f"{difference:+.4f}", "", "fewer than 3 seeds"]
+    assert cells(text, "missing less base, 2x", "±") == ["", "", "fewer than 3 seeds"]
     assert "± 0.02" in text and "*" not in text  # no stars
 
 
