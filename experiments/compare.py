@@ -34,7 +34,7 @@ except ImportError as e:
     sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
 from runs import (SETTING, Comparison, Refused, Row, Unreadable, fraction, holm, read_run,
-                  read_runs, welch)
+                  read_runs, read_study, welch)
 
 
 # ---- cells
@@ -88,6 +88,9 @@ def claims(c: Comparison) -> str:
         a, b = ([*c.losses(name, h)] for name in (label, rival))
         values = welch(a, b) if a and b else None
         title = f"{words.get(label, label)} less {words.get(rival, rival)}, {times}x"
+        lost = sum(run.ended < h <= run.planned for run in c.reported
+                   if run.row in (label, rival) and (not run.scheduled or run.planned == h))
+        title += f" ({lost} diverged)" * (lost > 0)
         found.append((title, values, min(len(a), len(b)) > 2))
     ps = holm([values[3] if values and enough else 1.0 for _, values, enough in found])
     lines = []
@@ -176,7 +179,7 @@ def with_others(study: dict, runs: list) -> list:
     """The headline may name rows of another study in the same setting, as study.row."""
     wanted = [name for name in study.get("headline", {}) if "." in name]
     for other in {name.partition(".")[0] for name in wanted}:
-        for run in read_runs([ROOT / "experiments/results" / f"{other}.jsonl"]):
+        for run in read_study(ROOT / "experiments/results" / f"{other}.jsonl"):  # [] without one
             run.row = f"{other}.{run.row}"
             if run.row in wanted:
                 runs.append(run)

@@ -285,7 +285,8 @@ def follow(folders: list[Path], read) -> None:
     lines = [tqdm(bar_format="{desc}", position=i, dynamic_ncols=True) for i in range(len(folders))]
     runs, sizes = [], []
     while not runs or any(not run.planned or run.ended < run.planned for run in runs):
-        if sizes == (sizes := [(folder / "log.jsonl").stat().st_size for folder in folders]):
+        before, sizes = sizes, [(folder / "log.jsonl").stat().st_size for folder in folders]
+        if sizes == before:
             time.sleep(2)
             continue
         runs = [read(folder) for folder in folders]

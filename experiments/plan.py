@@ -37,17 +37,23 @@ def read_study(path: str) -> SimpleNamespace:
 def check_method(study, name: str, method: dict) -> None:
     if {*method["seeds"]} & {*study.tuning_seeds}:
         raise ValueError(f"{name}: tuning_seeds must be other seeds than those reported")
+    step = {**DEFAULT, **method}
+    evaluated = step["total_batch_tokens"] * step["eval_interval"]
+    if any(h * study.tokens % evaluated for h in method["horizons"]):
+        raise ValueError(f"{name}: every horizon must be a multiple of total_batch_tokens times "
+                         f"eval_interval, {evaluated} tokens, or it is never evaluated")
     configs = draw(method["space"], method["draws"], 0) or [{}]
-    rates = method["lr"] if isinstance(method["lr"], list) else [method["lr"]]
+    grid = isinstance(method["lr"], list) and not method["space"]
+    rates = method["lr"] if grid else [method["lr"]]
     if not all(isinstance(c.get("lr", rate), (int, float)) for c in configs for rate in rates):
         raise ValueError(f"{name}: lr must be a number, a list of them, or a knob of the space")
     if not method["space"]:
         return
-    if method["horizons"][0] not in study.rungs:
-        raise ValueError(f"{name}: its first horizon must be one of the rungs, {study.rungs}")
+    if [*study.rungs[:1]] != [method["horizons"][0]]:
+        raise ValueError(f"{name}: its first horizon must be the first of the rungs, {study.rungs}")
     if len(study.tuning_seeds) < 2:
         raise ValueError(f"{name}: a space needs at least two tuning_seeds")
-    text = [{"eval_offset": 0, **method, **more} for more in ({}, study.tuning)]
+    text = [{**DEFAULT, **method, **more} for more in ({}, study.tuning)]
     if not text[0]["eval_offset"] + text[0]["eval_tokens"] <= text[1]["eval_offset"]:
         raise ValueError(f"{name}: tuning must have an eval_offset beyond the reported text")
 
@@ -102,10 +108,11 @@ class Plan:
         self.ready.sort(key=lambda run: (run[1]["max_tokens"], run[1]["seed"]))
 
     def add(self, name, horizons, seeds, draws, space, lr, **knobs) -> None:
-        scheduled = "schedule" in space or knobs.get("schedule", "constant") != "constant"
         rates = lr if isinstance(lr, list) else None
         config, tag = {**knobs, "lr": lr}, ""
         drawn = draw(space, draws, f"{self.study.draw_seed} {name}")
+        scheduled = any({**DEFAULT, **knobs, **values}["schedule"] != "constant"
+                        for values in drawn or [{}])
         left = [(f"_c{i}", {**config, **values}) for i, values in enumerate(drawn)]  # best first
         for targets in [[h] for h in horizons] if scheduled else [horizons]:
             title = f"{name}_{targets[0]}x" if scheduled else name
@@ -142,12 +149,14 @@ class Plan:
         knobs = {**(config or {}), **(self.study.tuning if tuning else {}),
                  "seed": seed, "max_tokens": max(horizons) * self.study.tokens}
         if config is None:
-            return self.later.append((title, knobs))
+            self.later.append((title, knobs))
+            return None
         knobs = {k: v(config["lr"]) if callable(v) else v for k, v in knobs.items()}
         name = f"{'tune_' * tuning}{title}_lr{config['lr']:g}_seed{seed}"
         run = self.results.get(name)
         if run is None or run["config"]["max_tokens"] < knobs["max_tokens"]:
-            return self.ready.append((name, knobs))
+            self.ready.append((name, knobs))
+            return None
         check_same(self.study, run, knobs)
         losses = {line["tokens"]: line["val_loss"] for line in run["evals"]}
         return mean(losses.get(h * self.study.tokens, math.inf) for h in horizons)

@@ -23,10 +23,9 @@ def losses_by_rate(runs: list, study: dict) -> dict[str, dict[int, dict[float, l
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         label, _, size = run.row.rpartition("_")
-        if label in study["methods"] and run.evals and run.planned == run.ended:
-            found[label][int(size)][run.config["lr"]].append(run.evals[-1]["val_loss"])
-    if not found:
-        raise Refused("no run of this study has ended")
+        if label in study["methods"]:  # results hold ended runs: what stopped early diverged
+            found[label][int(size)][run.config["lr"]].append(
+                run.evals[-1]["val_loss"] if run.planned == run.ended else math.inf)
     return found
 
 
@@ -39,18 +38,20 @@ def noise(found: dict) -> float:
             pooled += [(variance(x), len(x) - 1) for x in rates.values()
                        if len(x) > 1 and mean(x) < good]
     freedom = sum(n for _, n in pooled)
-    return math.sqrt(sum(v * n for v, n in pooled) / freedom) if freedom else math.nan
+    if not freedom:
+        raise Refused("no rate of this study has ended with two seeds")
+    return math.sqrt(sum(v * n for v, n in pooled) / freedom)
 
 
 def optimum(rates: dict[float, list[float]], sd: float) -> tuple[float, float] | None:
     """log2 of the best rate, by the parabola through the best rate and its neighbors, and its
-    standard error; None while the best rate is at the edge of the grid."""
+    standard error; None while the best rate is at the edge of the grid, or beside a divergence."""
     order = sorted(rates)
     best = min(range(len(order)), key=lambda i: mean(rates[order[i]]))
-    if not 0 < best < len(order) - 1:
+    y = [mean(rates[rate]) for rate in order[max(0, best - 1):best + 2]]
+    if len(y) < 3 or math.inf in y:
         return None
     x = [math.log2(order[i]) for i in (best - 1, best, best + 1)]
-    y = [mean(rates[order[i]]) for i in (best - 1, best, best + 1)]
     vertex = lambda y: -np.polyfit(x, y, 2)[1] / (2 * np.polyfit(x, y, 2)[0])
     # to first order, from the error of each of the three means
     slopes = [(vertex(np.add(y, 1e-6 * np.eye(3)[i])) - vertex(y)) / 1e-6 for i in range(3)]

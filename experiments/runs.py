@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 DEFAULT = asdict(Config())
 SETTING = ("data_dir", "vocab_size", "n_layer", "n_head", "n_embd", "block_size",
            "total_batch_tokens", "dtype")
-SUFFIXES = re.compile(r"^tune_|(_\d+x)?(_c\d+)?(_lr[^_]+)?(_seed\d+)?$")
+SUFFIXES = re.compile(r"^tune_|(_[\d.]+x)?(_c\d+)?(_lr[^_]+)?(_seed\d+)?$")
 
 
 class Unreadable(Exception):
@@ -103,7 +103,7 @@ def make_run(path: Path, name: str, row: str, config: dict, log: list[dict]) -> 
             raise ValueError("its log has a line without step and tokens")
     except (ValueError, AttributeError, TypeError, KeyError) as e:
         raise Unreadable(f"{path} is not a run: {type(e).__name__}: {e}")
-    return Run(name, row or f"{label}, {SUFFIXES.sub('', name)}", config,
+    return Run(name, row or f"{label}, {re.sub(r'_seed[0-9]+$', '', name)}", config,
                [e for e in log if "val_loss" in e], [e for e in log if "loss" in e])
 
 
@@ -168,7 +168,7 @@ class Comparison:
         self.runs, self.study, self.notes = runs, study, defaultdict(list)
         self.panels = {"": self}  # of the figure of differences
         self.parameters = count_parameters(runs[0].config)
-        reported = [run for run in runs if not run.name.startswith("tune_")]
+        reported = self.reported = [run for run in runs if not run.name.startswith("tune_")]
         self.horizons = sorted({run.planned for run in reported if run.scheduled and run.planned} or
                                {run.planned or run.ended for run in reported if run.evals})
         self.rows = {}
@@ -201,6 +201,8 @@ class Comparison:
         for run in reported:
             if run.planned and run.ended != run.planned:
                 self.notes["ended early"].append(f"{run.name} after {self.show(run.ended)}")
+            elif run.row not in self.rows:
+                self.notes["in no table: not evaluated at these lengths"].append(run.name)
 
     def losses(self, label: str, h: int) -> list[float]:
         return self.rows[label].losses(h) if label in self.rows else []

@@ -137,7 +137,8 @@ def work(study, jobs: int, processes: int) -> None:
                 continue
             del running[slot]
             output = (study.runs / run / "output.txt").read_text().strip()
-            last = output.splitlines()[-1] if output else ""
+            last = ([line for line in output.splitlines() if line.startswith("train.py: ")]
+                    or output.splitlines() or [""])[-1]  # torchrun's own lines follow
             diverged = process.returncode and re.search(r"step \d+: .*loss .*stopped", last)
             ended = process.returncode == 0 and trained(study.runs / run) >= knobs["max_tokens"]
             if not (diverged or ended):
@@ -183,7 +184,7 @@ def main() -> None:
     if min(jobs, processes) < 1 or 0 < gpus < jobs * processes:
         raise Refused(f"--jobs={jobs} times --nproc_per_node={processes} must be at least 1 and at "
                       f"most the number of GPUs, {gpus}")
-    lock(study.runs)
+    lock(study.runs, patience=0)
     others = {json.dumps(run["machine"]) for run in read_results(study.file).values()}
     if others - {json.dumps(machine())}:
         print(f"{study.file.relative_to(ROOT)} has runs of another machine: seconds do not compare")

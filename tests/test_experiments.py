@@ -41,7 +41,7 @@ seeds, tuning_seeds, claims = (5,), (), []
 optimizers = {"sf": dict(optimizer="sf_normuon", lr=0.01)}
 '''
 DRAWN = '''
-base = dict(total_batch_tokens=32, eval_tokens=64)
+base = dict(total_batch_tokens=32, eval_tokens=64, eval_interval=4)
 tokens, horizons, seeds, tuning_seeds = 128, (1, 4, 16), (0, 1), (100, 101)
 tuning, rungs, draws, draw_seed = dict(eval_offset=64), (1, 4), 12, 2605
 optimizers = {
@@ -177,7 +177,7 @@ def test_a_study_from_start_to_report(copy):
     assert "old" not in text and text.startswith("# T\n") and text.endswith("end\n")
     assert "<!-- /results -->\nbetween\n<!-- results: tiny headline -->\n| validation loss" in text
     assert cells(text, "ours", "tiny headline") == cells(text, "sf")
-    assert cells(text, "sf, adamw, 2x", "Declared claims")[2] == "fewer than 3 seeds"
+    assert cells(text, "ours less AdamW, tuned, 2x", "Declared claims")[2] == "fewer than 3 seeds"
     for row, keys in ("sf", reported), ("adamw", [f"adamw_2x_lr0.01_seed{s}" for s in (0, 1)]):
         assert cells(text, row)[-1] == mean_cell([loss(found[key], 256) for key in keys])
     assert "ended early: wild_lr1e+30_seed0 after" in text and "not tuned here: adamw\n" in text
@@ -225,6 +225,13 @@ def test_a_run_that_fails_stops_the_study_with_its_line(copy):
     assert not (copy / "experiments/results/failing.jsonl").exists()
 
 
+def test_a_run_that_diverges_under_torchrun_ends_and_the_study_goes_on(copy):
+    text = ONE + 'optimizers = {"wild": dict(optimizer="adamw", lr=1e30, batch_size=1)}\n'
+    run(copy, *sweep(copy, "diverging", text), "--nproc_per_node=2")
+    [kept] = runs.read_results(copy / "experiments/results/diverging.jsonl").values()
+    assert kept["evals"] == []
+
+
 def test_results_that_are_noise_are_one_line_and_stay(copy):
     results = copy / "experiments/results/noise.jsonl"
     results.parent.mkdir(exist_ok=True)
@@ -241,8 +248,11 @@ def test_results_that_are_noise_are_one_line_and_stay(copy):
     (TINY + "tuning_seeds = (100,)", "at least two tuning_seeds"),
     (TINY + "tuning = dict(eval_offset=63)", "eval_offset beyond the reported text"),
     (TINY + "tuning = {}", "eval_offset beyond the reported text"),
-    (TINY + "rungs = (2,)", "its first horizon must be one of the rungs"),
+    (TINY + "rungs = (2,)", "its first horizon must be the first of the rungs"),
+    (TINY + "rungs, horizons = (1, 2), (2,)", "its first horizon must be the first of the rungs"),
+    (TINY + "base['eval_interval'] = 3", "a multiple of total_batch_tokens times eval_interval"),
     (TINY + "optimizers['sf']['space'].pop('lr')", "lr must be"),
+    (TINY + "optimizers['sf']['space'].pop('lr'); optimizers['sf']['lr'] = [0.1]", "lr must be"),
     (TINY + "optimizers['adamw']['lr'] = '0.01'", "lr must be"),
     (TINY + "optimizers['sf']['space']['lr'] = (0.0, 1.0)", "ZeroDivisionError"),
     (TINY + "claims = [('sf', 'adam', 2)]", "the claim ('sf', 'adam', 2) must name two methods"),

@@ -57,6 +57,21 @@ def test_a_parabola_and_a_power_law_are_found(tmp_path):
     assert b[3].startswith("+0.00 ± ") and float(b[4].split()[0]) == pytest.approx(0.02, rel=0.006)
 
 
+def test_a_rate_at_which_a_seed_diverges_is_no_neighbor_of_an_optimum(tmp_path):
+    noise = iter([0.003, -0.003] * 15)
+    lines = tuning_runs("a", known, lambda: next(noise))
+    table = lambda: rates.table(read(tmp_path, lines), STUDY).splitlines()[2]
+    whole = table()
+    [wild] = [line for line in lines if line["name"] == "tune_a_64_lr0.02_seed1"]
+    wild["evals"].pop()
+    cells = [(a.strip(), b.strip()) for a, b in zip(whole.split("|"), table().split("|"))]
+    assert cells[3][0] and not cells[3][1] and cells[2][0] == cells[2][1]
+    for line in lines:
+        line["config"]["seed"] = 0
+    with pytest.raises(runs.Refused, match="with two seeds"):
+        rates.table(read(tmp_path, [line for line in lines if "seed0" in line["name"]]), STUDY)
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say(tmp_path):
     rng, inside, law = np.random.default_rng(0), [], []
     for _ in range(100):

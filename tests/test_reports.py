@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,9 @@ def test_claims_are_corrected_by_holm_and_judged_by_the_margin(tmp_path):
     assert cells(text, "two less base, 2x", "±") == [f"{difference:+.4f}", "", "fewer than 3 seeds"]
     assert cells(text, "missing less base, 2x", "±") == ["", "", "fewer than 3 seeds"]
     assert "± 0.02" in text and "*" not in text  # no stars
+    lines[-1]["evals"], lines[-1]["config"]["seed"] = [], 9  # a third seed of `two` diverged
+    text = compare.claims(comparison(tmp_path, lines, study))
+    assert cells(text, "two less base, 2x (1 diverged)", "±")[2] == "fewer than 3 seeds"
 
 
 def test_notes_name_what_the_data_does_not_carry_a_line_each(tmp_path):
@@ -200,6 +204,18 @@ def test_folders_of_runs_are_read_and_named(tmp_path):
     assert cells(out, "AdamW, mine", "of 2.5") == ["not reached", "", "", "0 of 2"]
     wide = out.partition("width 1024")[2]
     assert cells(wide, "AdamW, wider", "of 2.5") == ["10", "10,000", "10", "1 of 1"]
+
+
+def test_runs_of_ones_own_that_differ_in_their_rate_are_rows_of_their_own(tmp_path):
+    for lr in 0.01, 0.02:
+        as_folder(tmp_path / f"runs/mine_lr{lr}", a_run("", {10: 3 + lr}, lr=lr, **FREE))
+    as_folder(tmp_path / "runs/short", a_run("", {4: 3.0}, **SCHEDULED))
+    text = compare.report(compare.compare([tmp_path / "runs"], {}), None)
+    assert "- in no table: not evaluated at these lengths: mine_lr0.01, mine_lr0.02" in text
+    shutil.rmtree(tmp_path / "runs/short")
+    text = compare.report(compare.compare([tmp_path / "runs"], {}), None)
+    for lr in 0.01, 0.02:
+        assert cells(text, f"SF-NorMuon, mine_lr{lr}") == [f"{3 + lr:.4f} (1)"]
 
 
 def test_the_committed_results_are_read(tmp_path):
