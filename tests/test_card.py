@@ -204,7 +204,8 @@ def test_a_card_that_is_not_there_is_one_line(cwd):
 
 def test_cuda_in_a_torch_without_it_is_one_line(cwd):
     result = subprocess.run([sys.executable, TRAIN, "--data_dir=data", "--device=cuda"], cwd=cwd,
-                            env=ENV, text=True, capture_output=True, timeout=HANG)
+                            env={**ENV, "CUDA_VISIBLE_DEVICES": ""}, text=True,
+                            capture_output=True, timeout=HANG)
     assert result.returncode == 2
     complaint(result, "device", "cuda", "cpu")
 

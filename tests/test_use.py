@@ -388,14 +388,17 @@ def run_example(path, argv, environment):
 
 def test_fsdp2(tmp_path):
     """A run that goes on, on as many processes or on others, is the uninterrupted run."""
+    no_card = {"CUDA_VISIBLE_DEVICES": ""}
+
     def trained(out, n, by="fork"):
         argv, path = [str(tmp_path / out), "12"], str(REPO / "examples/fsdp2.py")
         if by == "torchrun":
-            return subprocess.run([*torchrun(n), path, *argv], env=ENV, check=True, timeout=300)
+            return subprocess.run([*torchrun(n), path, *argv], env={**ENV, **no_card}, check=True,
+                                  timeout=300)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                      "MASTER_PORT": str(s.getsockname()[1])}
+                      "MASTER_PORT": str(s.getsockname()[1]), **no_card}
         forks = [FORKS.Process(target=run_example, args=(path, argv, {**common, "RANK": str(rank)}))
                  for rank in range(n)]
         [fork.start() for fork in forks]
