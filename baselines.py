@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from sf_normuon import (SFNorMuon, adamw_directions, begin_step, check_group, local,
-                        normuon_directions, over_processes, param_groups, polar, same_shape,
-                        towards_z)
+                        normuon_directions, over_processes, own_group, param_groups, polar,
+                        same_shape, towards_z)
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -34,7 +34,7 @@ class NorMuon(torch.optim.Optimizer):
             step_norm=step_norm, use_muon=True))
 
     def add_param_group(self, group):
-        group = dict(group)
+        group = own_group(group)
         super().add_param_group(group)
         self.param_groups.pop()  # until it has been checked
         check_group(group)
@@ -107,7 +107,7 @@ class AMUSE(torch.optim.Optimizer):
             ns_dtype=ns_dtype, use_muon=True, step=0, weight_sum=0.0, c0=1.0, train_mode=True))
 
     def add_param_group(self, group):
-        group = dict(group)
+        group = own_group(group)
         super().add_param_group(group)
         self.param_groups.pop()  # until it has been checked
         group["beta"] = group["betas"][0]  # the β with which y was written
@@ -139,7 +139,7 @@ class AMUSE(torch.optim.Optimizer):
         eta = float(group["lr"]) * min(1.0, t / T0)
         w = t ** group["averaging_power"] * eta**2
         group["weight_sum"] += w
-        c = w / group["weight_sum"]
+        c = w / group["weight_sum"] if group["weight_sum"] else 1.0
         if t <= T0:
             group["c0"] = c
         else:
@@ -197,7 +197,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
             beta_anneal_steps=beta_anneal_steps, gradient_sum=0.0, train_mode=True))
 
     def add_param_group(self, group):
-        group = {**group, "use_muon": False}
+        group = own_group(group) | {"use_muon": False}
         super().add_param_group(group)
         self.param_groups.pop()  # until it has been checked
         group["beta"] = group["sf_beta"]  # the β with which y was written

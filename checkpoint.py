@@ -124,7 +124,8 @@ def resume(cfg: Config, model, optimizer, now: Progress) -> None:
             restore(ckpt, saved, model, optimizer)
         except (OSError, ValueError) as e:
             raise Failure(f"{e}: put a copy in its place, or start over with --resume=False")
-        now.step, now.train_time_s, now.data_step = saved["step"], saved.get("train_time_s", 0.0), data_step
+        now.step, now.data_step = saved["step"], data_step
+        now.train_time_s = saved.get("train_time_s", 0.0)
 
     together(put)
     same_everywhere(f"the step of {ckpt}, which all nodes must share,", now.step)

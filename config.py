@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> Config:
                 value = "True"
             elif not equals and key in knobs:
                 raise Failure(f"{argument}: write it --{key}=value", 2)
-            with contextlib.suppress(Exception):  # what is no literal is a string
+            with contextlib.suppress(Exception):  # anything else stays a string
                 if key in knobs and knobs[key].type is not str:
                     value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
             given.append(("command line", key, value))

@@ -75,9 +75,10 @@ def load_tokenizer(meta: dict):
     """The tokenizer; None, after a line that says so, if it cannot be loaded."""
     try:
         tokenizer = get_tokenizer(meta["tokenizer"])
-        if tokenizer.vocab_size > meta["vocab_size"]:
-            raise ValueError("the data has fewer words")
-        return tokenizer
+        if tokenizer.vocab_size <= meta["vocab_size"]:
+            return tokenizer
+        say(f"(no text: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} words, the data's "
+            f"vocab_size is {meta['vocab_size']})")
     except Exception as e:  # tiktoken downloads, which can fail in any way
         say(f"(the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})")
 

@@ -193,7 +193,7 @@ def read_batches(files, column, lines, start):
         try:
             with open_binary(files[i]) as file:
                 for n, texts in enumerate(cut_batches(reader(file, column))):
-                    if n == 0 and reader is read_json and {*texts} == {None}:
+                    if n == 0 and reader is read_json and all(text is None for text in texts):
                         raise ValueError(NO_TEXT.format(column))
                     if [i, n] >= start:  # those before it were encoded by an interrupted run
                         yield [i, n], texts, reader is read_text and n > 0

@@ -24,6 +24,7 @@ evaluating; the state holds z. test_optim.py opens with the same as an executabl
 """
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class SFNorMuon(torch.optim.Optimizer):
             train_mode=True))
 
     def add_param_group(self, group):
-        group = dict(group)  # not the caller's: it will hold counters
+        group = own_group(group)
         if not group.get("use_muon", True):
             group.setdefault("betas", self.defaults["adam_betas"])
         super().add_param_group(group)
@@ -102,7 +103,7 @@ class SFNorMuon(torch.optim.Optimizer):
         eta = float(group["lr"]) * min(1.0, t / T)
         weight = t ** group["averaging_power"] * eta**2
         group["weight_sum"] += weight
-        c = weight / group["weight_sum"]
+        c = weight / group["weight_sum"] if group["weight_sum"] else 1.0  # η² may underflow
         beta1 = 1 - (1 - group["betas"][0]) * min(1.0, T / t) ** group["beta_power"]
         skipped = [p for p in group["params"] if p.grad is None]
         towards_z(self, skipped, 1 - beta1 / group["beta"])  # their y follows β1, x and z stay
@@ -344,6 +345,13 @@ def compile_iteration():  # not on import, since it changes a setting of the who
 
 # ---- what the optimizers of this repository share
 
+def own_group(group: dict) -> dict:
+    """A copy of the caller's, for counters. An iterator of parameters becomes a list in both."""
+    if isinstance(group["params"], Iterator):
+        group["params"] = list(group["params"])
+    return dict(group)
+
+
 def begin_step(optimizer, closure):
     """The closure's loss, or None. RuntimeError in eval mode, ValueError for a bad tensor."""
     if not all(group.get("train_mode", True) for group in optimizer.param_groups):
@@ -379,9 +387,10 @@ def check_group(group: dict, *names: str) -> None:
     for name, value in below_1.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
-    for beta1 in group.get("beta", 1), group.get("adam_betas", (1, 0))[0]:
-        if not 0 < beta1 <= 1:  # at 0, y = z and x could not be recovered
-            raise ValueError(f"beta1 must be in (0, 1], got {beta1}")
+    beta1s = dict(beta1=group.get("beta", 1), adam_beta1=group.get("adam_betas", (1, 0))[0])
+    for name, value in beta1s.items():
+        if not 0 < value <= 1:  # at 0, y = z and x could not be recovered
+            raise ValueError(f"{name} must be in (0, 1], got {value}")
     for name, known in (("decay_at", ("z", "y", "none")), ("step_norm", ("rms", "spectral"))):
         if group.get(name, known[0]) not in known:
             raise ValueError(f"{name} must be one of {known}, got {group[name]!r}")

@@ -85,7 +85,8 @@ def load(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        kinds = dict(model=dict, model_config=dict, optimizer=dict, config=dict, step=int, tokens=int)
+        kinds = dict(model=dict, model_config=dict, optimizer=dict, config=dict, step=int,
+                     tokens=int)
         if not all(isinstance(saved[key], kind) for key, kind in kinds.items()):
             raise TypeError("another kind")
         return saved

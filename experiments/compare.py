@@ -165,7 +165,7 @@ def headline(c: Comparison) -> str:
 # ---- the report
 
 def declared(path: Path) -> dict:
-    """What the study of a results file declares: tokens, claims, margin, headline, panels, follow."""
+    """What the study of a results file declares: tokens, claims, headline, panels, follow, ..."""
     file = ROOT / "experiments/studies" / f"{path.stem}.py"
     if not file.exists():
         return {}

@@ -41,7 +41,7 @@ def check_method(study, name: str, method: dict) -> None:
     evaluated = step["total_batch_tokens"] * step["eval_interval"]
     if any(h * study.tokens % evaluated for h in method["horizons"]):
         raise ValueError(f"{name}: every horizon must be a multiple of total_batch_tokens times "
-                         f"eval_interval, {evaluated} tokens, or it is never evaluated")
+                         f"eval_interval, {evaluated} tokens, so that it is evaluated")
     configs = draw(method["space"], method["draws"], 0) or [{}]
     grid = isinstance(method["lr"], list) and not method["space"]
     rates = method["lr"] if grid else [method["lr"]]

@@ -65,6 +65,9 @@ def test_a_refused_group_leaves_no_trace_and_groups_are_not_shared(cls):
     assert len(opt.param_groups) == 1 and given.keys() == {"params", "lr", "use_muon"}
     step(opt, [p], grads[0][:1])
     assert opt.param_groups[0]["step"] == 1
+    groups[0]["params"] = iter([p])
+    cls(groups)
+    assert groups[0]["params"] == [p]  # as torch leaves it
     another = cls(groups, lr=0.5)  # of the same dicts, which hold no counters
     assert another.param_groups[0]["step"] == 0 and another.param_groups[0]["lr"] == 0.5
 

@@ -1,6 +1,6 @@
 """The configurations that settled.py chose, nothing tuned, on text that nobody had looked at: the
-sources of Go. elsewhere_english.py and elsewhere_148k.py are the same on Webster's dictionary and at
-twice the size. NorMuon and AdamW know the length. This file was written before any of its runs.
+sources of Go. elsewhere_english.py and elsewhere_148k.py are the same on Webster's dictionary and
+at twice the size. NorMuon and AdamW know the length. This file was written before any of its runs.
 """
 import runpy
 from pathlib import Path

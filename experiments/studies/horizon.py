@@ -1,7 +1,7 @@
 """Is NorMuon at 16x badly treated? settled.py tunes only its rate there, from what was best at 4x.
 Its decay of 0.1 is the largest of its space. Here the decay is halved and doubled too, and the
-schedule is WSD, on one tuning seed and the tuning text; what is better by more than 0.005 nats gets the other seed, by hand. Written after the rates of
-settled.py were tuned, before any of its runs.
+schedule is WSD, on one tuning seed and the tuning text; what is better by more than 0.005 nats gets
+the other seed, by hand. Written after the rates of settled.py were tuned, before any of its runs.
 """
 import runpy
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The long run: 50x, 1,000 tokens for each parameter, some 20 minutes a run, one seed. Two claims of
-the literature stand or fall here: decay at z is what stays stable (Fig. 2 of the paper, which sees y
-ahead up to some 12x at 125M), and schedule-free averaging wins at 1,000 tokens for each parameter
-(ScheduleFree+).
+"""The long run: 50x, 1,000 tokens for each parameter, some 20 minutes a run, one seed. Two claims
+of the literature stand or fall here: decay at z is what stays stable (Fig. 2 of the paper, which
+sees y ahead up to some 12x at 125M), and schedule-free averaging wins at 1,000 tokens for each
+parameter (ScheduleFree+).
 
 Configurations are those of settled.py for 16x (SF-AdamW's and ScheduleFree+'s are of earlier runs
 with contexts of 128), the paper's also at a quarter of its rate. AMUSE's T0 is the share of the run
