@@ -127,6 +127,7 @@ class SFNorMuon(torch.optim.Optimizer):
             torch._foreach_lerp_(x, z, c)
             torch._foreach_copy_(y, x)
             torch._foreach_lerp_(y, z, 1 - beta1)  # y = (1 - β1) z + β1 x
+            del x, u  # or they would stay while the next bucket is orthogonalized
         group["beta"] = beta1
 
     def train(self):
