@@ -53,12 +53,13 @@ class NorMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                if not self.state.get(p) and group["use_muon"]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])
-                elif not self.state.get(p):
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                if not self.state.get(p):
+                    if group["use_muon"]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                        self.state[p]["row_second_moment"] = torch.zeros_like(p[..., :1])
+                    else:
+                        self.state[p]["exp_avg"] = torch.zeros_like(p)
+                        self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
             if params and group["lr"] != 0:
                 self._step_group(group, params)
         return loss
@@ -71,8 +72,8 @@ class NorMuon(torch.optim.Optimizer):
             if group["use_muon"]:
                 M = [local(self.state[p]["momentum_buffer"]) for p in bucket]  # (m, n)
                 v = [local(self.state[p]["row_second_moment"]) for p in bucket]  # (m, 1)
-                M = nesterov(M, g, group["momentum"])
-                directions = normuon_directions(M, v, bucket[0], group, group["betas"][1])
+                directions = normuon_directions(nesterov(M, g, group["momentum"]), v, bucket[0],
+                                                group, group["betas"][1])
             else:
                 m = [local(self.state[p]["exp_avg"]) for p in bucket]
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
@@ -80,6 +81,7 @@ class NorMuon(torch.optim.Optimizer):
             weights = [local(p) for p in bucket]
             torch._foreach_mul_(weights, 1 - eta * group["weight_decay"])
             torch._foreach_sub_(weights, directions, alpha=eta)
+            del directions  # or they would stay while the next bucket is orthogonalized
 
 
 class AMUSE(torch.optim.Optimizer):
@@ -151,10 +153,9 @@ class AMUSE(torch.optim.Optimizer):
             g = [local(p.grad) for p in bucket]  # (m, n) each, or this process's rows of it
             if group["use_muon"]:
                 M = [local(self.state[p]["momentum_buffer"]) for p in bucket]
-                M = nesterov(M, g, group["momentum"])
                 scale = 0.2 * math.sqrt(max(bucket[0].shape[-2:]))
-                P = polar(M, bucket[0], group["ns_steps"], group["ns_dtype"])
-                directions = P.mul_(scale).unbind()
+                directions = polar(nesterov(M, g, group["momentum"]), bucket[0], group["ns_steps"],
+                                   group["ns_dtype"]).mul_(scale).unbind()
             else:
                 v = [local(self.state[p]["exp_avg_sq"]) for p in bucket]
                 directions = adamw_directions(g, v, t, group)
@@ -165,6 +166,7 @@ class AMUSE(torch.optim.Optimizer):
             torch._foreach_lerp_(x, z, c)
             torch._foreach_copy_(y, x)
             torch._foreach_lerp_(y, z, 1 - beta)
+            del x, directions  # or they would stay while the next bucket is orthogonalized
         group["beta"] = beta
 
 

@@ -100,7 +100,7 @@ def read_parquet(file, column):
         raise ValueError(NO_TEXT.format(column))
     for batch in table.iter_batches(256, columns=[column]):
         for row in batch.to_pylist():
-            yield row.get(column)
+            yield row[column]
 
 
 def open_text(file):

@@ -175,11 +175,15 @@ def declared(path: Path) -> dict:
         raise Refused(f"{file} is not a study: {type(e).__name__}: {e}")
 
 
+def results(name: str) -> Path:
+    return ROOT / "experiments/results" / f"{name}.jsonl"
+
+
 def with_others(study: dict, runs: list) -> list:
     """The headline may name rows of another study in the same setting, as study.row."""
     wanted = [name for name in study.get("headline", {}) if "." in name]
     for other in {name.partition(".")[0] for name in wanted}:
-        for run in read_study(ROOT / "experiments/results" / f"{other}.jsonl"):  # [] without one
+        for run in read_study(results(other)):  # [] without one
             run.row = f"{other}.{run.row}"
             if run.row in wanted:
                 runs.append(run)
@@ -196,10 +200,9 @@ def compare(paths: list[Path], study: dict) -> list[Comparison]:
 
 def draw(found: list[Comparison], out: str) -> None:
     for i, c in enumerate(found):
-        files = {title: ROOT / "experiments/results" / f"{name}.jsonl"
-                 for title, name in c.study.get("panels", {}).items()}
-        c.panels = {title: compare([file], declared(file))[0]
-                    for title, file in files.items() if file.exists()} or c.panels
+        names = c.study.get("panels", {}).items()
+        c.panels = {title: compare([results(name)], declared(results(name)))[0]
+                    for title, name in names if results(name).exists()} or c.panels
         if c.rows:
             figures.draw(c, out if len(found) == 1 else f"{out}{i}_")
 

@@ -5,9 +5,8 @@ parameter (ScheduleFree+).
 
 Configurations are those of settled.py for 16x (SF-AdamW's and ScheduleFree+'s are of earlier runs
 with contexts of 128), the paper's also at a quarter of its rate. AMUSE's T0 is the share of the run
-that it has for its authors. The logs hold RMS(z) ("rho"), the loss at x
-("val_loss") and the training loss at y ("loss"). Written before any of its runs; it describes and
-carries no claim.
+that it has for its authors. The logs hold RMS(z) ("rho"), the loss at x ("val_loss") and the
+training loss at y ("loss"). Written before any of its runs; it describes and carries no claim.
 """
 import runpy
 from pathlib import Path
