@@ -15,6 +15,7 @@ tokens = 4716 * 524288  # 1x: 20 for each of the 124M parameters
 horizons = 1, 2, 4, 8
 seeds = 0, 1, 2
 tuning_seeds = 100,
+tuning = dict(eval_offset=10_485_760)  # validation text that is not reported
 
 adamw = dict(optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1, adam_weight_decay=0.1,
              lr=[0.00075, 0.0015, 0.003])
