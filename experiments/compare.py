@@ -33,7 +33,7 @@ try:
 except ImportError as e:
     sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
-from runs import (SETTING, Comparison, Refused, Row, Unreadable, fraction, holm, read_run,
+from runs import (SETTING, Comparison, Refused, Row, Unreadable, best, fraction, holm, read_run,
                   read_runs, read_study, welch)
 
 
@@ -145,20 +145,20 @@ def note_line(note: tuple[str, list[str]]) -> str:
 
 
 def headline(c: Comparison) -> str:
-    """The rows that the study puts on the front page, and what the first of them gains."""
+    """The rows that the study puts on the front page, and what the first of them gains over the
+    best AdamW and the best NorMuon of each length."""
     words = c.study["headline"]
     rows = {label: c.rows[label] for label in words if label in c.rows}
     lines = [[words[label], *(loss_cell(row, h) for h in c.horizons)]
              for label, row in rows.items()]
-    found = [*rows.values()]
-    for other in found[1:]:
-        name = words[found[0].label]
-        if other.config["optimizer"] == "adamw":
-            lines.append([f"fraction of AdamW's tokens that {name} needs to reach its loss",
-                          *(fraction_cell(found[0], other, h) for h in c.horizons)])
-        if other.config["optimizer"] == "normuon":
-            lines.append([f"{name} less NorMuon",
-                          *(difference_cell(found[0], other, h) for h in c.horizons)])
+    for optimizer, title, cell in (
+            ("adamw", "fraction of AdamW's tokens that {} needs to reach its loss", fraction_cell),
+            ("normuon", "{} less NorMuon", difference_cell)):
+        first, *others = [*rows.values()] or [None]
+        rivals = [row for row in others if row.config["optimizer"] == optimizer]
+        if rivals:
+            lines.append([title.format(words[first.label]),
+                          *(cell(first, best(rivals, h), h) for h in c.horizons)])
     return markdown(["validation loss ± standard error (seeds)", *map(c.show, c.horizons)], lines)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from baselines import OPTIMIZERS
 from checkpoint import MAY_CHANGE
 from data import write_atomically
-from runs import welch
+from runs import best, welch
 
 COLORS = ["#d1495b", "#2e86ab", "#c97b14", "#3f9b5f", "#8e5bb5", "#9c6b4e", "#c05fa0", "#17a2a2"]
 GREY = "#76808a"  # reads on white and on black; the background is transparent
@@ -146,13 +146,19 @@ def loss(c, color):
 
 
 def differences(c) -> dict[str, list[tuple]]:
-    """To the best tuned NorMuon: {row: [(tokens, welch)]}, of the rows that the study names."""
-    normuon, found = c.reference("normuon"), {}
-    for label, words in (c.study.get("headline") or {label: label for label in c.rows}).items():
+    """To the best tuned NorMuon of each length: {row: [(tokens, welch)]}, of the rows that the
+    study names."""
+    words = c.study.get("headline", {})
+    rivals = [row for row in c.rows.values() if row.label not in [*words][:1]
+              and row.config["optimizer"] == "normuon" and row.scheduled]
+    normuon = {h: best(rivals, h) for h in c.horizons if any(h in row.runs for row in rivals)}
+    found = {}
+    for label in words or c.rows:
         row = c.rows.get(label)
-        if normuon and row and row is not normuon:
-            found[words] = [(h, welch(row.losses(h), normuon.losses(h))) for h in c.horizons
-                            if h in normuon.runs and len(row.runs.get(h, ())) > 1]
+        if row and row not in normuon.values():
+            found[words.get(label, label)] = [
+                (h, welch(row.losses(h), other.losses(h))) for h, other in normuon.items()
+                if len(row.runs.get(h, ())) > 1]
     return {words: points for words, points in found.items() if points}
 
 

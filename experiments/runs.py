@@ -1,5 +1,6 @@
 """What runs say: their logs, the rows that they make, and statistics over independent seeds."""
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -213,6 +214,11 @@ class Comparison:
                 if row.config["optimizer"] == optimizer and row.scheduled]
         return max(rows, default=None, key=lambda row: (
             sum(map(len, row.runs.values())), -mean(row.losses(max(row.runs)))))
+
+
+def best(rows: list[Row], h: int) -> Row:
+    """The row of the lowest mean loss at h; the first one if none has a run there."""
+    return min(rows, key=lambda row: mean(row.losses(h) or [math.inf]))
 
 
 def count_parameters(config: dict) -> int | None:

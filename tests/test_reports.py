@@ -157,18 +157,24 @@ def test_notes_name_what_the_data_does_not_carry_a_line_each(tmp_path):
     assert cells(text, "more0", "Less adamw") == [f"{3 - np.mean(3 + SPREAD):+.4f}"]  # no interval
 
 
-def test_headline_names_rows_as_the_study_does_and_its_gain(tmp_path):
-    sf, adamw, normuon = {5: 3.2, 10: 2.8}, {10: 3.0}, {10: 2.79}
-    words = {"sf": "ours", "adamw": "AdamW, tuned", "normuon": "NorMuon, tuned"}
+def test_headline_names_rows_as_the_study_does_and_its_gain_over_the_best(tmp_path):
+    sf, adamw, normuon, late = {5: 3.2, 10: 2.8}, {10: 3.0}, {5: 3.1, 10: 2.79}, {10: 2.7}
+    words = {"sf": "ours", "adamw": "AdamW, tuned", "normuon": "NorMuon, tuned", "late": "again"}
     lines = [*free_runs("sf", sf), *scheduled_runs("adamw", adamw),
-             *scheduled_runs("normuon", normuon, optimizer="normuon")]
-    text = "\n" + compare.headline(comparison(tmp_path, lines, dict(headline=words)))
-    assert cells(text, "ours", "\n") == [mean_cell(2.8 + SPREAD)]
-    assert cells(text, "NorMuon, tuned", "\n") == [mean_cell(2.79 + SPREAD)]
+             *scheduled_runs("normuon", normuon, optimizer="normuon"),
+             *scheduled_runs("late", late, optimizer="normuon")]
+    c = comparison(tmp_path, lines, dict(headline=words))
+    text = "\n" + compare.headline(c)
+    assert cells(text, "ours", "\n") == [mean_cell(3.2 + SPREAD), mean_cell(2.8 + SPREAD)]
+    assert cells(text, "again", "\n") == ["", mean_cell(2.7 + SPREAD)]
     assert cells(text, "fraction of AdamW's tokens that ours needs to reach its loss", "\n") == [
-        fraction({s: loss + SPREAD for s, loss in sf.items()}, 3.0 + SPREAD, 10)]
-    assert cells(text, "ours less NorMuon", "\n") == ["{:+.4f} [{:+.4f}, {:+.4f}]".format(
-        *welch(2.8 + SPREAD, 2.79 + SPREAD))]
+        "", fraction({s: loss + SPREAD for s, loss in sf.items()}, 3.0 + SPREAD, 10)]
+    gains = [welch(ours + SPREAD, other + SPREAD) for ours, other in ((3.2, 3.1), (2.8, 2.7))]
+    assert cells(text, "ours less NorMuon", "\n") == [
+        "{:+.4f} [{:+.4f}, {:+.4f}]".format(*gain) for gain in gains]
+    points = figures.differences(c)  # to the same rivals
+    assert [*points] == ["ours", "AdamW, tuned"]
+    np.testing.assert_allclose([values for _, values in points["ours"]], gains)
     none_yet = comparison(tmp_path, lines, dict(headline={"later": "not run yet"}))
     assert compare.headline(none_yet).count("\n") == 2
 
