@@ -79,7 +79,9 @@ def start(cfg: Config, now: Progress) -> None:
             with suppress(ValueError, KeyError, TypeError):  # a kill may have cut the last line
                 if json.loads(line)["step"] <= step:
                     lines.append(line.rstrip() + b"\n")
-    if 0 < step == now.data_step:  # other data from here on; the next step's, so that it can be cut
+    # A line says where other data begins. It has the number of the next step: if this checkpoint is
+    # resumed again, the line is cut and written anew.
+    if 0 < step == now.data_step:
         change = dict(step=step + 1, tokens=step * cfg.total_batch_tokens, data_dir=cfg.data_dir)
         lines.append(json.dumps(change).encode() + b"\n")
     write_atomically(log, lambda file: file.writelines(lines))
@@ -139,8 +141,11 @@ def check_resume(cfg: Config, model, now: Progress, ckpt: Path, saved: dict) -> 
         if key not in MAY_CHANGE and before[key] != value:
             raise Failure(f"{key} is {value!r}, but {ckpt} was made with {before[key]!r}: "
                           f"go on with that, {way_out}", 2)
+    if (other := saved.get("tokenizer", now.tokenizer)) != now.tokenizer:
+        raise Failure(f"{ckpt} was trained on {other} tokens, {cfg.data_dir} holds "
+                      f"{now.tokenizer} tokens: go on with those, {way_out}", 2)
     if "shards" in saved:
-        same = (saved["shards"], saved["tokenizer"]) == (now.shards, now.tokenizer)
+        same = saved["shards"] == now.shards
     else:  # an old checkpoint
         same = before["data_dir"] == cfg.data_dir
     if same:

@@ -28,7 +28,7 @@ class Config:
     dtype: str = ""  # of products: float32 or bfloat16; "": bfloat16 on cuda. Weights are float32
     compile: bool = CUDA  # torch.compile the blocks and the loss
     activation_checkpointing: bool = False  # compute each block twice: slower, far less memory
-    shard_size: int = 0  # processes that share one copy of the model (of one node); 0: all
+    shard_size: int = 0  # processes that share a copy of the model, best of one node; 0: all
     resume: bool = True  # go on from out_dir/ckpt.pt if there is one; False: start over
     change_data: bool = False  # resume with other shards than the checkpoint's
     init_from: str = ""  # a checkpoint whose weights a new run starts from

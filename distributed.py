@@ -77,7 +77,8 @@ def run(main, argv: list[str]) -> None:
         main(argv)
     except Failure as e:
         status, message = e.status, str(e)
-        # The first process says it (of each node, before they met); torchrun ends all when one ends
+        # Only the first process says it (of each node, if they have not met yet). The others wait:
+        # torchrun ends all processes as soon as one has ended.
         if RANK if dist.is_initialized() else LOCAL_RANK:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10 if dist.is_torchelastic_launched() else 0)

@@ -218,7 +218,8 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, softmax_) -> Ten
         for xs, dxs, ts, ss in zip(*(t.split(CHUNK) for t in (x, dx, targets, shares))):
             logits = F.linear(xs, W)
             for z, target, share in zip(logits.split(rows), ts.split(rows), ss.split(rows)):
-                at_target = z.gather(1, target)  # not in softmax_: torch 2.11 would read it too late
+                # Before softmax_ overwrites z. Inside it, torch 2.11's compiler reads too late.
+                at_target = z.gather(1, target)
                 losses.append(softmax_(z, share) - at_target)
                 if training:  # inside softmax_ the compiler would copy the logits for this
                     z.scatter_(1, target, ((-losses[-1]).expm1() * share).to(z.dtype))

@@ -148,7 +148,7 @@ class SFNorMuon(torch.optim.Optimizer):
     def diagnostics(self) -> dict[Tensor, dict[str, float]]:
         """For each matrix (m, n) that has taken a step (paper, Section 3 and Fig. 4): rho, RMS(z);
         alpha, cosine between P̂ and the z it was subtracted from; predicted, the λρ at which ‖z‖
-        stands still with decay_at="z", ½ r (-α + √(α² + 2ηλ)) for steps of RMS r η (r = 0.2 by
+        stands still with decay_at="z", ½ q (-α + √(α² + 2ηλ)) for steps of RMS q η (q = 0.2 by
         default). Every process must call it.
         """
         found = {}
@@ -215,8 +215,8 @@ def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
     if group["step_norm"] == "spectral":
         length = math.sqrt(m / n) * norms(P, like)
     if group["normalize_rows"]:
-        rows = torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / n  # (B, m, 1)
-        torch._foreach_lerp_(vs, rows.unbind(), 1 - beta2)
+        row_means = torch.linalg.vector_norm(P, dim=-1, keepdim=True) ** 2 / n  # P⊙P, (B, m, 1)
+        torch._foreach_lerp_(vs, row_means.unbind(), 1 - beta2)
         P.div_(torch.stack(vs).sqrt() + group["eps"])  # now P̂
     return P.mul_(length / norms(P, like).clamp(min=1e-19)).unbind()  # zero stays zero
 
@@ -282,7 +282,7 @@ def iteration(G: Tensor, steps: int, dtype: torch.dtype) -> Tensor:  # (m, n), o
             A, Q = X @ X.mT, None
             for left in reversed(range(min(3, steps - done))):
                 p = addmm(A, A, A, beta=b, alpha=c)
-                p.diagonal(dim1=-2, dim2=-1).add_(a)
+                p.diagonal(dim1=-2, dim2=-1).add_(a)  # p = a I + b A + c A²
                 Q = p if Q is None else p @ Q
                 A = p @ A @ p if left else None
             X = Q @ X
@@ -361,10 +361,11 @@ def begin_step(optimizer, closure):
         loss = None if closure is None else closure()
     kind = lambda t: (tuple(t.shape), t.dtype, t.device, t.layout)
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        expected = kind(p)
         for name, t in {"gradient": p.grad, **optimizer.state.get(p, {})}.items():
-            alike = kind(t) == kind(p) or name == "row_second_moment"  # it has a shape of its own
+            alike = kind(t) == expected or name == "row_second_moment"  # it has a shape of its own
             if not alike or t.dtype == torch.float16:
-                raise ValueError(f"{name} {kind(t)} must be like its parameter {kind(p)}, and not "
+                raise ValueError(f"{name} {kind(t)} must be like its parameter {expected}, and not "
                                  "float16")
     return loss
 

@@ -1,7 +1,4 @@
 """Model and optimizer on disk: one file that does not depend on the number of processes."""
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -16,7 +13,8 @@ from sf_normuon import local
 
 
 def save(path: Path, tree) -> None:
-    """Writes nested dicts and lists of tensors and values as torch.save would, DTensors whole.
+    """Writes nested dicts and lists of tensors and values as torch.save would, DTensors whole, but
+    for the zip archive's checksums of tensors, which torch.load does not look at.
 
     No process ever holds more than one whole tensor. All must call it, the first one writes. Raises
     Failure on all of them if it cannot; `path` is then as it was.
@@ -39,15 +37,11 @@ def save(path: Path, tree) -> None:
             file.flush()
             layout = torch.load(file.name, weights_only=True)
         rooms = [v.untyped_storage() for v in tree_leaves(layout) if isinstance(v, Tensor)]
-        crcs = {}
         for room, tensor in zip(rooms, tensors):
             together(lambda: None)
             content = whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             file.seek(room._checkpoint_offset)
             file.write(content.data)
-            crcs[room._checkpoint_offset] = zlib.crc32(content.data)
-        file.flush()
-        write_crcs(file, crcs)
 
     if RANK == 0:
         together(lambda: write_atomically(path, write))
@@ -56,23 +50,6 @@ def save(path: Path, tree) -> None:
             together(lambda: None)
             whole(tensor)
         together(lambda: None)
-
-
-def write_crcs(file, crcs: dict[int, int]) -> None:
-    """Puts the checksum of the data at each offset where the zip archive keeps it: behind the data,
-    for readers that stream, or else before it; and in the directory at the end.
-    """
-    with zipfile.ZipFile(file.name) as archive, open(file.name, "rb") as written:
-        place = archive.start_dir
-        for entry in archive.infolist():
-            written.seek(entry.header_offset + 26)
-            offset = entry.header_offset + 30 + sum(struct.unpack("<HH", written.read(4)))
-            behind = offset + entry.file_size + 4
-            first = behind if entry.flag_bits & 8 else entry.header_offset + 14
-            for copy in (first, place + 16) if offset in crcs else ():
-                file.seek(copy)
-                file.write(struct.pack("<I", crcs[offset]))
-            place += 46 + len(entry.orig_filename) + len(entry.extra) + len(entry.comment)
 
 
 def load(path: Path) -> dict:

@@ -5,7 +5,7 @@
     python experiments/bench.py start                                   until the first step
     python experiments/bench.py loop                                    data, evaluation, saving
 
-On a GPU where there is one, with all layers there and 2 on a CPU. torch.optim.Muon always computes
+On a GPU if there is one. All layers there and for `loop`, else 2. torch.optim.Muon always computes
 its products in bfloat16, so `step` compares equal precision with --dtype=bfloat16 only.
 """
 import argparse
@@ -145,6 +145,7 @@ def train_step(args) -> None:
         random = np.random.default_rng(0).integers(50257, size=10**6)
         write_shard(f"{folder}/x_train_000000.bin", random)
         block = min(1024, args.tokens)
+        args.tokens -= args.tokens % block  # whole sequences
         cfg = Config(data_dir=folder, n_layer=args.layers, n_head=heads, n_embd=width,
                      block_size=block, batch_size=args.tokens // block, dtype=args.dtype,
                      total_batch_tokens=args.tokens, compile=CUDA, warmup_steps=10)
@@ -227,8 +228,8 @@ def loop(args) -> None:
             random = np.random.default_rng(0).integers(50257, size=10**7)
             write_shard(f"{folder}/x_{split}_000000.bin", random)
         cfg = Config(data_dir=folder, out_dir=folder, n_layer=args.layers, n_head=heads,
-                     n_embd=width, batch_size=1, eval_tokens=1024, total_batch_tokens=1024, dtype=args.dtype,
-                     compile=False)
+                     n_embd=width, batch_size=1, eval_tokens=1024, total_batch_tokens=1024,
+                     dtype=args.dtype, compile=False)
         train_data, val_data, _, vocab_size = train.open_data(cfg)
         model = train.build_model(cfg, vocab_size)
         optimizer = build_optimizer(cfg, model)

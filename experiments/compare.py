@@ -33,8 +33,8 @@ try:
 except ImportError as e:
     sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
-from runs import (SETTING, Comparison, Refused, Row, Unreadable, best, fraction, holm, read_run,
-                  read_runs, read_study, welch)
+from runs import (SETTING, Comparison, Refused, Row, Unreadable, best, fraction, holm, read_runs,
+                  read_study, welch)
 
 
 # ---- cells
@@ -243,7 +243,7 @@ def follow(args) -> None:
         if not (path / "log.jsonl").exists():
             raise Refused(f"{path} has no log.jsonl: --follow needs folders of runs")
     with contextlib.suppress(KeyboardInterrupt):
-        figures.follow(args.paths, read_run)
+        figures.follow(args.paths)
 
 
 def fail(message: str, status: int = 2) -> None:

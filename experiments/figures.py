@@ -16,7 +16,7 @@ from tqdm import tqdm
 from baselines import OPTIMIZERS
 from checkpoint import MAY_CHANGE
 from data import write_atomically
-from runs import best, welch
+from runs import best, read_run, welch
 
 COLORS = ["#d1495b", "#2e86ab", "#c97b14", "#3f9b5f", "#8e5bb5", "#9c6b4e", "#c05fa0", "#17a2a2"]
 GREY = "#76808a"  # reads on white and on black; the background is transparent
@@ -100,9 +100,9 @@ def draw_variants(c, color, knobs: list[str]):
         return None
     figure, axes = panels(len(found))
     for axis, (knob, rows) in zip(axes, found):
-        values = []
+        values, longest = [], max(max(row.runs) for row in rows)
         for row in rows:
-            values += curve(axis, row, c.horizons[-1] / 50, color=color[row.label],
+            values += curve(axis, row, longest / 50, color=color[row.label],
                             label=f"{knob} {row.config[knob]}").values()
         values.sort()
         token_axis(c, axis)
@@ -285,8 +285,8 @@ STATUS = {"step": "step {:,}", "tokens": "{:,} tokens", "loss": "loss at y {:.4f
           "val_loss": "validation loss at x {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
 
 
-def follow(folders: list[Path], read) -> None:
-    """Draws runs again as their logs grow, until all have ended or Ctrl-C. read: folder to run."""
+def follow(folders: list[Path]) -> None:
+    """Draws runs again as their logs grow, until all have ended or Ctrl-C."""
     print(f"the curve is in {folders[0] / 'curve.svg'}; Ctrl-C ends this command only", flush=True)
     lines = [tqdm(bar_format="{desc}", position=i, dynamic_ncols=True) for i in range(len(folders))]
     runs, sizes = [], []
@@ -295,7 +295,7 @@ def follow(folders: list[Path], read) -> None:
         if sizes == before:
             time.sleep(2)
             continue
-        runs = [read(folder) for folder in folders]
+        runs = [read_run(folder) for folder in folders]
         running(runs, folders[0] / "curve.svg")
         for run, line in zip(runs, lines):
             last = {}

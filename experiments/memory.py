@@ -119,7 +119,7 @@ def measured(cfg: train.Config) -> str:
     optimizer = train.build_optimizer(cfg, model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    optimizer.step(lambda: 1.0)  # schedulefree_plus asks for the loss
     n = sum(p.numel() for p in model.parameters())
     held = (now("RssAnon") - before) / n
     return (f"process {train.RANK} of {train.WORLD_SIZE}: {held:.2f} bytes per parameter, "
@@ -129,15 +129,17 @@ def measured(cfg: train.Config) -> str:
 def main() -> None:
     try:
         cfg = train.parse([*knobs, "--device=cpu"])
-    except train.Failure as e:
+        cfg.compile = False
+        if options.measure:
+            print(measured(cfg), flush=True)
+            os._exit(0)  # gloo's threads sometimes abort an ordinary exit
+        if cfg.optimizer == "schedulefree_plus":
+            raise train.Failure("schedulefree_plus reads its gradients' values, and nothing has "
+                                "values here: count adamw, and 4 bytes per parameter more", 2)
+        parts, n, largest = measure(cfg)
+    except (train.Failure, ValueError) as e:  # ValueError: knobs that do not fit together
         print(f"memory.py: {e}", file=sys.stderr)
-        sys.exit(e.status)
-    cfg.compile = False
-    if options.measure:
-        print(measured(cfg))
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads sometimes abort an ordinary exit
-    parts, n, largest = measure(cfg)
+        sys.exit(2)
     for name, value in parts.items():
         print(f"{name:24}{value / 1e9:10.2f} GB{value / n:10.2f} bytes per parameter")
     total = sum(parts.values()) / 1e9

@@ -85,7 +85,7 @@ def draw(space: dict, draws: int, seed) -> list[dict]:
 
 
 def choose(rates: list[float], score) -> float | None:
-    """The best rate of a grid that grows until it is not at the edge; None while a score is."""
+    """The best rate of a grid that grows until it is not at the edge; None while a run is missing."""
     scores = {rate: score(rate) for rate in rates}
     while None not in scores.values():
         best = min(scores, key=scores.get)
@@ -132,7 +132,7 @@ class Plan:
                 self.loss(title, config, seed, targets)
 
     def sort(self, title: str, configs: list[tuple], horizons: list[int]) -> list[tuple]:
-        """The (tag, config), best first; none is known while a score is not."""
+        """The (tag, config) by score, best first; all ("", None) while a run is missing."""
         scores = {tag: self.score(title + tag, config, horizons) for tag, config in configs}
         if None in scores.values():
             return [("", None)] * len(configs)

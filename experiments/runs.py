@@ -181,7 +181,10 @@ class Comparison:
                 row.config = run.config
                 for h in self.horizons:
                     if run.loss(h) is not None:
-                        row.runs.setdefault(h, {})[run.config["seed"]] = run
+                        kept = row.runs.setdefault(h, {}).setdefault(run.config["seed"], run)
+                        if kept is not run:  # of another rate, or in another folder of that name
+                            raise Refused(f"{kept.name} and {run.name} are both {run.row}, seed "
+                                          f"{run.config['seed']}: rename one or leave it out")
         self.rows = {label: row for label, row in self.rows.items() if row.runs}
         self.take_notes(reported)
 

@@ -6,12 +6,9 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +167,11 @@ def test_another_corpus(cwd, data, tokens, reference):
     Run(cwd).wait()
     other = dict(data_dir="other", max_tokens=20 * BATCH, checkpoint_interval=2)
     Run(cwd, **other).wait(2).complaint("data_dir", "other", "--change_data=True")
+    shutil.copytree(cwd / "other", cwd / "words")
+    meta = json.loads((data / "meta.json").read_text())
+    (cwd / "words/meta.json").write_text(json.dumps({**meta, "tokenizer": "gpt2"}))
+    Run(cwd, **{**other, "data_dir": "words"}, change_data=True).wait(2).complaint(
+        "trained on byte tokens", "words holds gpt2 tokens")
     run = Run(cwd, change_data=True, **other).wait()
     assert run.values("loss").keys() == {*range(1, 21)} and run.values("data_dir") == {13: "other"}
     assert run.checkpoint()["data_step"] == 12
@@ -238,26 +240,6 @@ def test_a_checkpoint_is_written_tensor_by_tensor(tmp_path, monkeypatch):
             assert (torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor)
                     else x == y)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]
-    # reads all and compares every checksum
-    assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
-    assert all(entry.CRC for entry in zipfile.ZipFile(tmp_path / "a.pt").infolist()
-               if entry.file_size)
-
-
-def test_every_copy_of_a_checksum_is_right(tmp_path):
-    """A reader that streams cannot look at the directory at the end; it finds a copy behind the
-    data."""
-    state.save(tmp_path / "a.pt", {"w": torch.randn(5, 7), "b": torch.randn(3).bfloat16()})
-    raw = (tmp_path / "a.pt").read_bytes()
-    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        entries = archive.infolist()
-    assert len([entry for entry in entries if "/data/" in entry.filename]) == 2
-    for entry in entries:
-        lengths = struct.unpack("<HH", raw[entry.header_offset + 26:][:4])
-        first = entry.header_offset + 30 + sum(lengths)
-        end = first + entry.file_size
-        behind = struct.pack("<I", zlib.crc32(raw[first:end]))
-        assert entry.flag_bits & 8 and raw[end:end + 8] == b"PK\x07\x08" + behind, entry
 
 
 def test_a_thousand_shards(tmp_path):
@@ -348,5 +330,7 @@ def test_whether_a_run_fits_a_card():
     eight, _ = fits("--processes=8", "--activation_checkpointing=True", "--card=20")
     assert eight["weights"] == pytest.approx(one["weights"] / 8, abs=0.01)
     assert eight["forward and backward"] < one["forward and backward"] / 4
-    error = fits("--processes=7", status=2)
-    assert error.startswith("memory.py: ") and len(error.splitlines()) == 1 and "processes" in error
+    for knob, reason in {"--processes=7": "processes", "--n_head=7": "n_embd",
+                         "--optimizer=schedulefree_plus": "count adamw"}.items():
+        error = fits(knob, status=2)
+        assert error.startswith("memory.py: ") and error.count("\n") == 1 and reason in error

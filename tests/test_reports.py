@@ -157,6 +157,12 @@ def test_notes_name_what_the_data_does_not_carry_a_line_each(tmp_path):
     assert cells(text, "more0", "Less adamw") == [f"{3 - np.mean(3 + SPREAD):+.4f}"]  # no interval
 
 
+def test_two_runs_of_one_row_and_seed_are_refused(tmp_path):
+    lines = [*free_runs("sf", {10: 2.8}), a_run("sf_lr0.02_seed0", {10: 2.7}, **FREE)]
+    with pytest.raises(compare.Refused, match="sf_lr0.01_seed0 and sf_lr0.02_seed0 are both sf"):
+        comparison(tmp_path, lines)
+
+
 def test_headline_names_rows_as_the_study_does_and_its_gain_over_the_best(tmp_path):
     sf, adamw, normuon, late = {5: 3.2, 10: 2.8}, {10: 3.0}, {5: 3.1, 10: 2.79}, {10: 2.7}
     words = {"sf": "ours", "adamw": "AdamW, tuned", "normuon": "NorMuon, tuned", "late": "again"}
@@ -304,6 +310,14 @@ def test_the_figure_of_differences_shows_intervals_and_the_margin(tmp_path):
               for axis in (here, there)]
     assert [*shades[0]] == ["mine"] and [*shades[1]] == ["new", "mine"]
     assert shades[1]["mine"] == shades[0]["mine"] != shades[1]["new"]
+
+
+def test_variants_that_are_short_beside_other_runs_have_their_panel(tmp_path):
+    lines = [*(a_run(f"m{momentum}_seed0", {5: 3.1, 10: 3.0}, momentum=momentum, **FREE)
+               for momentum in (0.0, 0.8)), a_run("long_seed0", {1000: 2.0}, optimizer="sf_adamw")]
+    c = comparison(tmp_path, lines)
+    [axis] = figures.momentum_and_rows(c, dict(zip(c.rows, figures.palette(3)))).axes
+    assert [[*line.get_ydata()] for line in axis.lines] == [[3.1, 3.0]] * 2
 
 
 def test_figures_of_the_same_runs_are_the_same_files(tmp_path):
