@@ -310,6 +310,9 @@ def test_the_figure_of_differences_shows_intervals_and_the_margin(tmp_path):
               for axis in (here, there)]
     assert [*shades[0]] == ["mine"] and [*shades[1]] == ["new", "mine"]
     assert shades[1]["mine"] == shades[0]["mine"] != shades[1]["new"]
+    c.panels = dict(reversed(c.panels.items()))  # the legend names what any panel shows
+    legend = figures.difference(c, {}).axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["new", "mine"]
 
 
 def test_variants_that_are_short_beside_other_runs_have_their_panel(tmp_path):

@@ -3,9 +3,9 @@ of the literature stand or fall here: decay at z is what stays stable (Fig. 2 of
 sees y ahead up to some 12x at 125M), and schedule-free averaging wins at 1,000 tokens for each
 parameter (ScheduleFree+).
 
-Configurations are those of settled.py for 16x (SF-AdamW's and ScheduleFree+'s are of earlier runs
-with contexts of 128), the paper's also at a quarter of its rate. AMUSE's T0 is the share of the run
-that it has for its authors. The logs hold RMS(z) ("rho"), the loss at x ("val_loss") and the
+Configurations are those of settled.py for 16x, NorMuon's that of horizon.py (SF-AdamW's and
+ScheduleFree+'s are of earlier runs with contexts of 128), the paper's also at a quarter of its
+rate. AMUSE's T0 is the share of the run that it has for its authors. The logs hold RMS(z) ("rho"), the loss at x ("val_loss") and the
 training loss at y ("loss"). Written before any of its runs; it describes and carries no claim.
 """
 import runpy
@@ -27,7 +27,7 @@ optimizers = {
     "schedulefree_plus": dict(optimizer="schedulefree_plus", lr=0.25, weight_decay=20,
                               adam_weight_decay=20, grad_clip=0, warmup_steps=100,
                               averaging_start=200, polyak_beta=0.9, sf_beta=0.5),
-    "normuon_linear": dict(go["optimizers"]["normuon"], lr=0.00985),
+    "normuon_linear": go["optimizers"]["normuon_by_hand"],
     "adamw_linear": dict(adamw, schedule="linear"),
     "adamw_wsd": adamw,
 }
