@@ -102,15 +102,20 @@ def save_checkpoint(cfg: Config, model, optimizer, now: Progress) -> None:
 def load_weights(cfg: Config, model, tokenizer: str) -> dict:
     """Copies the weights of cfg.init_from. Failure for another architecture or tokenizer."""
     saved = load(Path(cfg.init_from))
-    if (other := saved.get("tokenizer", tokenizer)) != tokenizer:
-        raise Failure(f"{cfg.init_from} was trained on {other} tokens, "
-                      f"{cfg.data_dir} holds {tokenizer} tokens", 2)
+    check_tokenizer(cfg, cfg.init_from, saved, tokenizer)
     for key, value in asdict(model.config).items():
         if key != "block_size" and (other := saved["model_config"].get(key)) != value:
             raise Failure(f"{key} is {value!r}, but {cfg.init_from} was made with {other!r}: "
                           "give its config", 2)
     restore(cfg.init_from, saved, model)
     return saved
+
+
+def check_tokenizer(cfg: Config, ckpt: Path | str, saved: dict, tokenizer: str, advice="") -> None:
+    """Failure if the checkpoint saw other tokens than the data's. Very old ones do not say."""
+    if (other := saved.get("tokenizer", tokenizer)) != tokenizer:
+        raise Failure(f"{ckpt} was trained on {other} tokens, {cfg.data_dir} holds {tokenizer} "
+                      f"tokens{advice}", 2)
 
 
 def resume(cfg: Config, model, optimizer, now: Progress) -> None:
@@ -141,9 +146,7 @@ def check_resume(cfg: Config, model, now: Progress, ckpt: Path, saved: dict) -> 
         if key not in MAY_CHANGE and before[key] != value:
             raise Failure(f"{key} is {value!r}, but {ckpt} was made with {before[key]!r}: "
                           f"go on with that, {way_out}", 2)
-    if (other := saved.get("tokenizer", now.tokenizer)) != now.tokenizer:
-        raise Failure(f"{ckpt} was trained on {other} tokens, {cfg.data_dir} holds "
-                      f"{now.tokenizer} tokens: go on with those, {way_out}", 2)
+    check_tokenizer(cfg, ckpt, saved, now.tokenizer, f": go on with those, {way_out}")
     if "shards" in saved:
         same = saved["shards"] == now.shards
     else:  # an old checkpoint

@@ -151,14 +151,14 @@ def headline(c: Comparison) -> str:
     rows = {label: c.rows[label] for label in words if label in c.rows}
     lines = [[words[label], *(loss_cell(row, h) for h in c.horizons)]
              for label, row in rows.items()]
+    found = [*rows.values()]
     for optimizer, title, cell in (
             ("adamw", "fraction of AdamW's tokens that {} needs to reach its loss", fraction_cell),
             ("normuon", "{} less NorMuon", difference_cell)):
-        first, *others = [*rows.values()] or [None]
-        rivals = [row for row in others if row.config["optimizer"] == optimizer]
+        rivals = [row for row in found[1:] if row.config["optimizer"] == optimizer]
         if rivals:
-            lines.append([title.format(words[first.label]),
-                          *(cell(first, best(rivals, h), h) for h in c.horizons)])
+            lines.append([title.format(words[found[0].label]),
+                          *(cell(found[0], best(rivals, h), h) for h in c.horizons)])
     return markdown(["validation loss ± standard error (seeds)", *map(c.show, c.horizons)], lines)
 
 

@@ -149,7 +149,8 @@ def differences(c) -> dict[str, list[tuple]]:
     """To the best tuned NorMuon of each length: {row: [(tokens, welch)]}, of the rows that the
     study names."""
     words = c.study.get("headline", {})
-    rivals = [row for row in c.rows.values() if row.label not in [*words][:1]
+    ours = next(iter(words), None)
+    rivals = [row for row in c.rows.values() if row.label != ours
               and row.config["optimizer"] == "normuon" and row.scheduled]
     normuon = {h: best(rivals, h) for h in c.horizons if any(h in row.runs for row in rivals)}
     found = {}

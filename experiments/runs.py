@@ -220,8 +220,8 @@ class Comparison:
 
 
 def best(rows: list[Row], h: int) -> Row:
-    """The row of the lowest mean loss at h; the first one if none has a run there."""
-    return min(rows, key=lambda row: mean(row.losses(h) or [math.inf]))
+    """The row of the lowest mean loss at h, of those with most seeds there."""
+    return min(rows, key=lambda row: (-len(row.losses(h)), mean(row.losses(h) or [math.inf])))
 
 
 def count_parameters(config: dict) -> int | None:

@@ -165,10 +165,12 @@ def test_two_runs_of_one_row_and_seed_are_refused(tmp_path):
 
 def test_headline_names_rows_as_the_study_does_and_its_gain_over_the_best(tmp_path):
     sf, adamw, normuon, late = {5: 3.2, 10: 2.8}, {10: 3.0}, {5: 3.1, 10: 2.79}, {10: 2.7}
-    words = {"sf": "ours", "adamw": "AdamW, tuned", "normuon": "NorMuon, tuned", "late": "again"}
+    words = {"sf": "ours", "adamw": "AdamW, tuned", "normuon": "NorMuon, tuned", "late": "again",
+             "once": "one seed, so no rival"}
     lines = [*free_runs("sf", sf), *scheduled_runs("adamw", adamw),
              *scheduled_runs("normuon", normuon, optimizer="normuon"),
-             *scheduled_runs("late", late, optimizer="normuon")]
+             *scheduled_runs("late", late, optimizer="normuon"),
+             *scheduled_runs("once", {10: 2.5}, SPREAD[:1], optimizer="normuon")]
     c = comparison(tmp_path, lines, dict(headline=words))
     text = "\n" + compare.headline(c)
     assert cells(text, "ours", "\n") == [mean_cell(3.2 + SPREAD), mean_cell(2.8 + SPREAD)]

@@ -6,6 +6,8 @@ quarter of the decay and twice the rate; decay 0.2 and WSD were worse by 0.02 an
 NorMuon runs again for every length, with the product of rate and decay that the recommended
 configuration has and a rate of its own for each (`normuon`; 16x was declared before its runs, 1x
 and 4x after the first of them). The recommended configuration and AdamW are tried in the same way.
+First trials whose knobs a run of `normuon` needed have its name now, and one such run at 16x, with
+decay 0.1, is a copy of settled.py's.
 """
 import runpy
 from pathlib import Path
@@ -19,7 +21,7 @@ both, recommended = go["both"], hindsight["recommended"]
 normuon, adamw = go["optimizers"]["normuon"], go["optimizers"]["adamw"]
 
 
-def per_step(lr):
+def per_step(lr):  # of the weights are lost; rounded, as the decays of the first trials were
     return float(f"{0.000985 / lr:.3g}")
 
 
