@@ -170,8 +170,11 @@ class Comparison:
         self.panels = {"": self}  # of the figure of differences
         self.parameters = count_parameters(runs[0].config)
         reported = self.reported = [run for run in runs if not run.name.startswith("tune_")]
-        self.horizons = sorted({run.planned for run in reported if run.scheduled and run.planned} or
-                               {run.planned or run.ended for run in reported if run.evals})
+        lengths = ({run.planned for run in reported if run.scheduled and run.planned} or
+                   {run.planned or run.ended for run in reported if run.evals})
+        lengths |= {times * study["tokens"] for times in study.get("horizons", ())}
+        self.horizons = sorted(h for h in lengths
+                               if any(run.loss(h) is not None for run in reported))
         self.rows = {}
         for run in runs:
             row = self.rows.setdefault(run.row, Row(run.row, run.config))

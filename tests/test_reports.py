@@ -163,6 +163,14 @@ def test_two_runs_of_one_row_and_seed_are_refused(tmp_path):
         comparison(tmp_path, lines)
 
 
+def test_a_run_without_a_schedule_is_read_at_the_lengths_that_its_study_declares(tmp_path):
+    lines = [*free_runs("sf", {5: 3.2, 10: 2.9, 20: 2.8}), *scheduled_runs("adamw", {20: 3.0})]
+    study = dict(tokens=5000, horizons=(1, 4, 8), headline={"sf": "ours", "adamw": "AdamW"})
+    text = "\n" + compare.headline(comparison(tmp_path, lines, study))
+    assert cells(text, "ours", "\n") == [mean_cell(loss + SPREAD) for loss in (3.2, 2.8)]
+    assert cells(text, "AdamW", "\n") == ["", mean_cell(3.0 + SPREAD)]
+
+
 def test_headline_names_rows_as_the_study_does_and_its_gain_over_the_best(tmp_path):
     sf, adamw, normuon, late = {5: 3.2, 10: 2.8}, {10: 3.0}, {5: 3.1, 10: 2.79}, {10: 2.7}
     words = {"sf": "ours", "adamw": "AdamW, tuned", "normuon": "NorMuon, tuned", "late": "again",

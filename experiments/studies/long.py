@@ -5,8 +5,9 @@ parameter (ScheduleFree+).
 
 Configurations are those of settled.py for 16x, NorMuon's that of horizon.py (SF-AdamW's and
 ScheduleFree+'s are of earlier runs with contexts of 128), the paper's also at a quarter of its
-rate. AMUSE's T0 is the share of the run that it has for its authors. The logs hold RMS(z) ("rho"), the loss at x ("val_loss") and the
-training loss at y ("loss"). Written before any of its runs; it describes and carries no claim.
+rate. AMUSE's T0 is the share of the run that it has for its authors. The logs hold RMS(z) ("rho"),
+the loss at x ("val_loss") and the training loss at y ("loss"). Written before any of its runs; it
+describes and carries no claim. Methods without a schedule are read at 4x and 16x too.
 """
 import runpy
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 settled, hindsight, go = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
                           for name in ("settled", "hindsight", "elsewhere_go"))
 base = dict(settled["base"], eval_interval=692)
-tokens, horizons, seeds, tuning_seeds = settled["tokens"], (50,), (0,), ()
+tokens, horizons, seeds, tuning_seeds = settled["tokens"], (4, 16, 50), (0,), ()
 
 paper = dict(optimizer="sf_normuon", warmup_steps=100)
 recommended, adamw = hindsight["recommended"], go["optimizers"]["adamw"]
@@ -27,7 +28,22 @@ optimizers = {
     "schedulefree_plus": dict(optimizer="schedulefree_plus", lr=0.25, weight_decay=20,
                               adam_weight_decay=20, grad_clip=0, warmup_steps=100,
                               averaging_start=200, polyak_beta=0.9, sf_beta=0.5),
-    "normuon_linear": go["optimizers"]["normuon_by_hand"],
-    "adamw_linear": dict(adamw, schedule="linear"),
-    "adamw_wsd": adamw,
+    "normuon_linear": dict(go["optimizers"]["normuon_by_hand"], horizons=(50,)),
+    "adamw_linear": dict(adamw, schedule="linear", horizons=(50,)),
+    "adamw_wsd": dict(adamw, horizons=(50,)),
+}
+headline = {
+    "recommended_decay_at_y": "SF-NorMuon, recommended",
+    "recommended_decay_at_z": "the same, decay at z",
+    "paper_decay_at_z": "SF-NorMuon, the paper's",
+    "paper_decay_at_y": "the paper's, decay at y",
+    "paper_decay_at_none": "the paper's, no decay",
+    "paper_slow_decay_at_z": "the paper's, a quarter of its rate",
+    "paper_slow_decay_at_y": "the same, decay at y",
+    "sf_adamw": "SF-AdamW",
+    "schedulefree_plus": "ScheduleFree+",
+    "amuse": "AMUSE",
+    "adamw_linear": "AdamW, linear",
+    "adamw_wsd": "AdamW, WSD",
+    "normuon_linear": "NorMuon, linear",
 }

@@ -38,6 +38,7 @@ def beta1(*values, beta2=0.95, adam_beta2=0.99):
 warmup = [50, 100, 200]
 schedule = ["cosine", "linear", "wsd"]
 few = dict(draws=6, seeds=range(5))  # carries no claim
+shorter = dict(few, horizons=(1, 4))  # declared to 16x, which is 0.4 billion tokens more
 
 optimizers = {
     "anytime": dict(optimizer="sf_normuon", space=dict(
@@ -59,11 +60,12 @@ optimizers = {
                   space=dict(lr=(0.008, 0.25)), **few),
     "sf_adamw": dict(optimizer="sf_adamw", space=dict(
         lr=(0.004, 0.06), decay=both(0.02, 0.05, 0.1), decay_at=["z", "y"], warmup_steps=warmup,
-        betas=[(0.95, 0.99), (0.9, 0.99)]), **few),
+        betas=[(0.95, 0.99), (0.9, 0.99)]), **shorter),
     "schedulefree_plus": dict(optimizer="schedulefree_plus", grad_clip=0, space=dict(
         lr=(0.06, 0.5), warmup_steps=warmup, decay=both(5.0, 20.0, 50.0), sf_beta=[0.5, 0.7, 0.9],
-        averaging_start=[100, 200], polyak_beta=[0.0, 0.9]), **few),
+        averaging_start=[100, 200], polyak_beta=[0.0, 0.9]), **shorter),
     "muon": dict(optimizer="muon", space=dict(
         lr=(0.006, 0.1), decay=both(0.0125, 0.025, 0.05, 0.1), schedule=schedule,
-        warmup_steps=warmup, momentum=[0.9, 0.95], adam_betas=[(0.9, 0.95), (0.9, 0.99)]), **few),
+        warmup_steps=warmup, momentum=[0.9, 0.95], adam_betas=[(0.9, 0.95), (0.9, 0.99)]),
+        **shorter),
 }
