@@ -1,6 +1,6 @@
 """Continual learning: what was trained to its end on one corpus goes on with another. One seed.
 
-    python experiments/continual.py     97M tokens; after an interruption the same command goes on
+    python experiments/continual.py     105M tokens; after an interruption the same command goes on
 
 The kernel's C files to 16x, then 4x of Webster's dictionary, with the recommended configuration and
 the AdamW that settled.py chose at 4x. The anytime run just goes on (--change_data) and is read at

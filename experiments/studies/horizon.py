@@ -2,7 +2,8 @@
 0.02 the smallest of its own, and at 16x both tune only a rate there.
 
 First other decays and schedules were tried at 16x on one tuning seed. NorMuon gained 0.02 from a
-quarter of the decay and twice the rate; decay 0.2 and WSD were worse by 0.02 and are left out. So
+quarter of the decay and four times the rate; decay 0.2 and WSD were worse by 0.018 and 0.013 and
+are left out. So
 NorMuon runs again for every length, with the product of rate and decay that the recommended
 configuration has and a rate of its own for each (`normuon`; 16x was declared before its runs, 1x
 and 4x after the first of them). The recommended configuration and AdamW are tried in the same way.

@@ -3,11 +3,12 @@ of the literature stand or fall here: decay at z is what stays stable (Fig. 2 of
 sees y ahead up to some 12x at 125M), and schedule-free averaging wins at 1,000 tokens for each
 parameter (ScheduleFree+).
 
-Configurations are those of settled.py for 16x, NorMuon's that of horizon.py (SF-AdamW's and
-ScheduleFree+'s are of earlier runs with contexts of 128), the paper's also at a quarter of its
-rate. AMUSE's T0 is the share of the run that it has for its authors. The logs hold RMS(z) ("rho"),
-the loss at x ("val_loss") and the training loss at y ("loss"). Written before any of its runs; it
-describes and carries no claim. Methods without a schedule are read at 4x and 16x too.
+AdamW's and the paper's configurations are those of settled.py for 16x, NorMuon's that of
+horizon.py, AMUSE's `amuse_late` of hindsight.py, its T0 about the share of the run that it has for
+its authors. SF-AdamW's and ScheduleFree+'s are of earlier runs with contexts of 128. The paper's
+also runs at a quarter of its rate. The logs hold RMS(z) ("rho"), the loss at x ("val_loss") and the
+training loss at y ("loss"). Written before any of its runs; it describes and carries no claim.
+Methods without a schedule are read at 4x and 16x too.
 """
 import runpy
 from pathlib import Path

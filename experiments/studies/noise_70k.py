@@ -14,5 +14,5 @@ optimizers = {
     "context_32": dict(recommended, **short),
     "context_32_twin": dict(recommended, **short, compile=False, seeds=range(4)),
     "context_128": recommended,
-    "context_128_twin": dict(recommended, compile=False, seeds=range(4)),
+    "context_128_twin": dict(recommended, compile=False, seeds=range(2)),
 }
