@@ -35,12 +35,12 @@ optimizers = {
 }
 headline = {
     "recommended_decay_at_y": "SF-NorMuon, recommended",
-    "recommended_decay_at_z": "the same, decay at z",
+    "recommended_decay_at_z": "recommended, decay at z",
     "paper_decay_at_z": "SF-NorMuon, the paper's",
     "paper_decay_at_y": "the paper's, decay at y",
     "paper_decay_at_none": "the paper's, no decay",
     "paper_slow_decay_at_z": "the paper's, a quarter of its rate",
-    "paper_slow_decay_at_y": "the same, decay at y",
+    "paper_slow_decay_at_y": "the same rate, decay at y",
     "sf_adamw": "SF-AdamW",
     "schedulefree_plus": "ScheduleFree+",
     "amuse": "AMUSE",
