@@ -87,8 +87,10 @@ def run(main, argv: list[str]) -> None:
         status, message = 1, " ".join(str(e).split())
     except (RuntimeError, MemoryError) as e:
         status, cause = 1, e.__cause__ or e
-        if isinstance(cause, dist.DistError) or "gloo" in str(cause):
+        if "gloo" in str(cause) or isinstance(cause, (dist.DistNetworkError, dist.DistStoreError)):
             message = f"process {RANK} stopped, because another one ended"
+        elif isinstance(cause, dist.DistError):  # of NCCL, which says what it is
+            message = f"process {RANK}: " + " ".join(str(cause).split())
         elif isinstance(e, MemoryError) or re.search("out of memory|can't allocate|overflowed",
                                                      str(e)):
             message = ("out of memory: lower batch_size, or give --activation_checkpointing=True "

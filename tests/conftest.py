@@ -107,9 +107,9 @@ class Run:
     def running(self):
         return self.popen.poll() is None if self.popen else any(p.is_alive() for p in self.forks)
 
-    def wait(self, status=0):
+    def wait(self, status=0, seconds=HANG):
         """Until it ends, with this exit status, or one of these, on every process."""
-        wait_for(lambda: not self.running(), f"the end of {self.cwd}", kill=self)
+        wait_for(lambda: not self.running(), f"the end of {self.cwd}", seconds, kill=self)
         self.statuses = [self.popen.returncode] if self.popen else [p.exitcode for p in self.forks]
         self.out, self.err = (Path(self.cwd / n).read_text(errors="replace")
                               for n in ("stdout", "stderr"))

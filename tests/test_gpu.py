@@ -29,7 +29,9 @@ from model import GPT, GPTConfig
 from sf_normuon import SFNorMuon
 
 pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")]
+              # with a card and a driver too old for this torch, they fail
+              pytest.mark.skipif(not (torch.cuda.is_available() or Path("/dev/nvidia0").exists()),
+                                 reason="needs an NVIDIA card")]
 REHEARSAL = bool(os.environ.get("REHEARSAL"))
 QUICKSTART = str(REPO / "configs/quickstart.py")
 BATCH = 32 * 128  # tokens of a step of the quickstart
@@ -99,7 +101,7 @@ def quickstart(cwd, program=None, steps=20, **knobs):
     knobs = {**dict(max_tokens=steps * BATCH, log_interval=1, data_dir="data", out_dir="run"),
              **knobs}
     command = [sys.executable, "-c", program] if program else [sys.executable]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
+    environment = {"OMP_NUM_THREADS": str(min(8, max(1, (os.cpu_count() or 1) // 2))),
                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return Run(cwd, QUICKSTART, command=command, plain=True, env=environment, **knobs)
 
@@ -124,7 +126,7 @@ def test_the_quickstart_ends_where_the_cpus_ends(place):
     knobs = dict(steps=3 if REHEARSAL else 700, eval_interval=100)
     cpu = quickstart(place("cpu"), device="cpu", **knobs)
     card = quickstart(place("card"), device="cuda", **knobs)
-    losses = [run.wait().values("val_loss") for run in (card, cpu)]
+    losses = [run.wait(seconds=LIMIT).values("val_loss") for run in (card, cpu)]
     last = max(losses[0])
     assert abs(losses[0][last] - losses[1][last]) < 0.03
 

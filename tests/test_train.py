@@ -316,7 +316,7 @@ if os.environ["RANK"] == "0":
     def broken(t):
         calls.append(t)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            raise ERROR
         return full_tensor(t)
     DTensor.full_tensor = broken
 """
@@ -329,11 +329,17 @@ def test_the_others_stay_in_step_with_the_writer(cwd):
     assert run.out.count("gathered") <= 2  # of 38
 
 
-def test_nobody_waits_for_a_process_that_cannot_gather(cwd):
-    run = Run(cwd, command=[*torchrun(2), driver(cwd, BROKEN)], max_tokens=BATCH)
+@pytest.mark.parametrize("error,line", [
+    ('torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")',
+     "out of memory.*1 GiB"),
+    ('torch.distributed.DistBackendError("NCCL error in: a.cpp:9\\nNo space left on device")',
+     "process 0: NCCL error in: a.cpp:9 No space left on device")])
+def test_nobody_waits_for_a_process_that_cannot_gather(cwd, error, line):
+    program = driver(cwd, BROKEN.replace("ERROR", error))
+    run = Run(cwd, command=[*torchrun(2), program], max_tokens=BATCH)
     wait_for(lambda: not run.running(), "the end", 60)
     run.wait(1)
-    assert (re.search("^train.py: out of memory.*1 GiB", run.err, re.M)
+    assert (re.search(f"^train.py: {line}", run.err, re.M)
             and 'train.py", line' not in run.err), run.err
 
 
