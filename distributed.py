@@ -84,13 +84,13 @@ def run(main, argv: list[str]) -> None:
             time.sleep(10 if dist.is_torchelastic_launched() else 0)
             message = None
     except (OSError, ValueError) as e:  # of this process alone
-        status, message = 1, " ".join(str(e).split())
+        status, message = 1, str(e)
     except (RuntimeError, MemoryError) as e:
         status, cause = 1, e.__cause__ or e
         if "gloo" in str(cause) or isinstance(cause, (dist.DistNetworkError, dist.DistStoreError)):
             message = f"process {RANK} stopped, because another one ended"
         elif isinstance(cause, dist.DistError):  # of NCCL, which says what it is
-            message = f"process {RANK}: " + " ".join(str(cause).split())
+            message = f"process {RANK}: {cause}"
         elif isinstance(e, MemoryError) or re.search("out of memory|can't allocate|overflowed",
                                                      str(e)):
             message = ("out of memory: lower batch_size, or give --activation_checkpointing=True "
@@ -99,7 +99,7 @@ def run(main, argv: list[str]) -> None:
             raise
     if message:
         lead = "\n" * (RANK > 0)  # the first process's progress bar may be on the line
-        tqdm.write(f"{lead}train.py: {message}", file=sys.stderr)
+        tqdm.write(f"{lead}train.py: {' '.join(message.split())}", file=sys.stderr)
         sys.stderr.flush()
     if dist.is_initialized():
         gloo = dist.get_backend() == "gloo"

@@ -3,12 +3,11 @@
 
 First other decays and schedules were tried at 16x on one tuning seed. NorMuon gained 0.02 from a
 quarter of the decay and four times the rate; decay 0.2 and WSD were worse by 0.018 and 0.013 and
-are left out. So
-NorMuon runs again for every length, with the product of rate and decay that the recommended
-configuration has and a rate of its own for each (`normuon`; 16x was declared before its runs, 1x
-and 4x after the first of them). The recommended configuration and AdamW are tried in the same way.
-First trials whose knobs a run of `normuon` needed have its name now, and one such run at 16x, with
-decay 0.1, is a copy of settled.py's.
+are left out. So NorMuon runs again for every length, with the product of rate and decay that the
+recommended configuration has and a rate of its own for each (`normuon`; 16x was declared before its
+runs, 1x and 4x after the first of them). The recommended configuration and AdamW are tried in the
+same way. First trials whose knobs a run of `normuon` needed have its name now, and one such run at
+16x, with decay 0.1, is a copy of settled.py's.
 """
 import runpy
 from pathlib import Path
