@@ -43,7 +43,9 @@ HANG = 120  # seconds: far more than anything here takes
 # ---------------------------------------------------------------- processes
 
 def fork_server():
-    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=ENV["PYTHONPATH"])
+    # without NVML's look for cards, the server opens the driver and its forks cannot use it
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=ENV["PYTHONPATH"],
+                      PYTORCH_NVML_BASED_CUDA_CHECK="1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "conftest"])
     return context

@@ -1,6 +1,6 @@
 """The acceptance run on a card: what a CPU cannot prove, and a table of how fast it is.
 
-    python -m pytest -m gpu -s        with one H100 in under 9 minutes; with two, NCCL too
+    python -m pytest -m gpu -s        with one H100 in some 15 minutes; with two, NCCL too
 
 Needs torch, numpy, tqdm and pytest, no network. The table is printed and written to $CARD_JSON, by
 default experiments/results/card.json. REHEARSAL=1 shrinks everything to what a CPU can do:
