@@ -5,19 +5,20 @@ First other decays and schedules were tried at 16x on one tuning seed. NorMuon g
 quarter of the decay and four times the rate; decay 0.2 and WSD were worse by 0.018 and 0.013 and
 are left out. So NorMuon runs again for every length, with the product of rate and decay that the
 recommended configuration has and a rate of its own for each (`normuon`; 16x was declared before its
-runs, 1x and 4x after the first of them). The recommended configuration and AdamW are tried in the
-same way. First trials whose knobs a run of `normuon` needed have its name now, and one such run at
-16x, with decay 0.1, is a copy of settled.py's.
+runs, 1x and 4x after the first of them). First trials whose knobs a run of `normuon` needed have
+its name now, and one such run at 16x, with decay 0.1, is a copy of settled.py's.
+
+AdamW's first trial, a decay of 0.05, was no better. It is tried with a linear schedule too, with the
+decay of settled.py and with the product that helped NorMuon.
 """
 import runpy
 from pathlib import Path
 
-settled, hindsight, go = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
-                          for name in ("settled", "hindsight", "elsewhere_go"))
+settled, go = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
+               for name in ("settled", "elsewhere_go"))
 base = dict(settled["base"], eval_interval=692)
 tokens, horizons, seeds = settled["tokens"], (16,), ()
 tuning_seeds, tuning = settled["tuning_seeds"][:1], settled["tuning"]
-both, recommended = go["both"], hindsight["recommended"]
 normuon, adamw = go["optimizers"]["normuon"], go["optimizers"]["adamw"]
 
 
@@ -28,8 +29,7 @@ def per_step(lr):  # of the weights are lost; rounded, as the decays of the firs
 optimizers = {
     "normuon": dict(normuon, weight_decay=per_step, adam_weight_decay=per_step,
                     lr=[0.00985, 0.0197, 0.0394], horizons=(1, 4, 16), seeds=range(5)),
-    "recommended_decay_0.015": dict(recommended, **both(0.015), lr=[0.032, 0.064]),
-    "adamw_decay_0.05": dict(adamw, **both(0.05), lr=[0.0096]),
-    "adamw_linear_0.1": dict(adamw, **both(0.1), schedule="linear", lr=[0.012, 0.024]),
-    "adamw_linear_0.02": dict(adamw, **both(0.02), schedule="linear", lr=[0.012]),
+    "adamw_linear": dict(adamw, schedule="linear", lr=[0.0096, 0.0192]),
+    "adamw_linear_product": dict(adamw, schedule="linear", weight_decay=per_step,
+                                 adam_weight_decay=per_step, lr=[0.0096, 0.0192]),
 }
