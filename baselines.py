@@ -81,7 +81,7 @@ class NorMuon(torch.optim.Optimizer):
             weights = [local(p) for p in bucket]
             torch._foreach_mul_(weights, 1 - eta * group["weight_decay"])
             torch._foreach_sub_(weights, directions, alpha=eta)
-            del directions  # or they would stay while the next bucket is orthogonalized
+            del directions  # free them before the next bucket is orthogonalized
 
 
 class AMUSE(torch.optim.Optimizer):
@@ -166,7 +166,7 @@ class AMUSE(torch.optim.Optimizer):
             torch._foreach_lerp_(x, z, c)
             torch._foreach_copy_(y, x)
             torch._foreach_lerp_(y, z, 1 - beta)
-            del x, directions  # or they would stay while the next bucket is orthogonalized
+            del x, directions  # free them before the next bucket is orthogonalized
         group["beta"] = beta
 
 

@@ -66,7 +66,7 @@ def append(log, **values) -> None:
 
 
 def start(cfg: Config, now: Progress) -> None:
-    """Leaves in the folder what belongs to the first now.step steps of this run."""
+    """Cuts the log after now.step and writes config.json; at step 0, removes an old checkpoint."""
     out_dir, step = Path(cfg.out_dir), now.step
     log, ckpt = out_dir / "log.jsonl", out_dir / "ckpt.pt"
     if step == 0 and ckpt.exists():

@@ -45,9 +45,9 @@ class Config:
     max_tokens: int = 0  # tokens to train on; 0: until it is stopped
     grad_clip: float = 1.0  # largest norm of the gradient; 0: not clipped
     # the optimizer
-    optimizer: str = "sf_normuon"  # a name in baselines.OPTIMIZERS
+    optimizer: str = "sf_normuon"  # or another, whose values are in configs/125m_*
     lr: float = 0.008
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # of hidden matrices; adam_weight_decay is of the rest
     betas: tuple = (0.9, 0.95)
     momentum: float = 0.8  # sf_normuon, normuon, muon, amuse
     warmup_steps: int = 2000
@@ -57,7 +57,7 @@ class Config:
     normalize_rows: bool = True  # sf_normuon, normuon
     step_norm: str = "rms"  # sf_normuon, normuon: rms (steps of RMS 0.2 lr) or spectral
     ns_steps: int = 5  # Newton-Schulz iterations
-    rho: float = 0.8  # amuse: how fast the gradient moves from near z to x (in the log: RMS(z))
+    rho: float = 0.8  # amuse: how fast the gradient moves from z to x (the log's rho is RMS(z))
     averaging_power: float = 0.0  # schedule-free optimizers: r of the average's weights, tʳ
     beta_power: float = 0.0  # sf_normuon, sf_adamw: p of 1-β1, which falls as (warmup_steps / t)ᵖ
     averaging_start: int = 0  # schedulefree_plus: steps until the average starts
@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> Config:
     paths = [a for a in argv if not a.startswith("-")]
     if len(paths) > 1:
         raise Failure(f"one config at a time, got {' '.join(paths)}; knobs are --name=value", 2)
-    given = []  # (where it stands, knob, value)
+    given = []  # (where it is set, knob, value)
     for path in paths:
         try:
             values = runpy.run_path(path)

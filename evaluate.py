@@ -43,10 +43,11 @@ def evaluate(cfg: Config, model: GPT, data: TokenBatches) -> float:
     for first in range(0, len(sequences), WORLD_SIZE * cfg.batch_size):
         mine = sequences[first + RANK * cfg.batch_size:][:cfg.batch_size]
         # Every process needs a batch of the same shape: uncounted sequences fill it up.
-        x, y = get_batch(cfg, data, [*mine, *[sequences[-1]] * (cfg.batch_size - len(mine))])
-        y[len(mine):] = -1
+        filled = [*mine, *[sequences[-1]] * (cfg.batch_size - len(mine))]
+        inputs, targets = get_batch(cfg, data, filled)
+        targets[len(mine):] = -1
         with autocast(cfg):
-            losses.append(model(x, y))
+            losses.append(model(inputs, targets))
         counts.append(len(mine))
     losses = torch.stack(losses).tolist()  # the only wait for the device
     total = sum(loss * count for loss, count in zip(losses, counts))

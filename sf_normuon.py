@@ -18,8 +18,8 @@ the model you deploy; y, between them, is where gradients are taken. A hidden we
 
 from x = y = z, M = 0 and v = 0. There is no bias correction, since polar(M) and P̂ / ‖P̂‖_F do not
 change with a common factor. Every other parameter (embeddings, output head, gains) takes AdamW's
-step without the first moment, whose role y takes: v ← β2 v + (1-β2) g⊙g, then the last lines with
-u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and x while
+step without the first moment, in whose place y stands: v ← β2 v + (1-β2) g⊙g, then the last lines
+with u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and x while
 evaluating; the state holds z. test_optim.py opens with the same as an executable reference.
 """
 import functools
@@ -51,10 +51,12 @@ class SFNorMuon(torch.optim.Optimizer):
     step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), for
         a rate that may carry over to other widths (spectral condition, arXiv:2310.17813).
 
-    A parameter without a gradient is skipped, but its group's t advances. Parameters, gradients and
-    values that no step can take raise ValueError before anything moves; non-finite gradients raise
-    nothing. Keep parameters in float32: bfloat16 loses small updates. Only Newton-Schulz is
-    compiled; do not compile opt.step, which would recompile at every step.
+    A parameter without a gradient is skipped, but its group's t advances: one that is unfrozen late
+    steps up to 1 / √(1-β2) times too far at first if use_muon=False, so add it as a new group, with
+    a t and a warm-up of its own. Parameters, gradients and values that no step can take raise
+    ValueError before anything moves; non-finite gradients raise nothing. Keep parameters in
+    float32: bfloat16 loses small updates. Only Newton-Schulz is compiled; do not compile opt.step,
+    which would recompile at every step.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), adam_betas=(0.95, 0.99), momentum=0.8,
@@ -127,7 +129,7 @@ class SFNorMuon(torch.optim.Optimizer):
             torch._foreach_lerp_(x, z, c)
             torch._foreach_copy_(y, x)
             torch._foreach_lerp_(y, z, 1 - beta1)  # y = (1 - β1) z + β1 x
-            del x, u  # or they would stay while the next bucket is orthogonalized
+            del x, u  # free them before the next bucket is orthogonalized
         group["beta"] = beta1
 
     def train(self):
@@ -183,9 +185,9 @@ class SFNorMuon(torch.optim.Optimizer):
 def param_groups(model: nn.Module) -> list[dict]:
     """Two groups for `SFNorMuon` and its like: hidden matrices, and with use_muon=False the rest.
 
-    Hidden matrices have two dimensions and are neither embeddings nor output heads: tied to an
-    embedding, or an nn.Linear outside the blocks with as many outputs as an embedding has rows.
-    Blocks are what an nn.ModuleList holds.
+    Hidden matrices have two dimensions and are neither an nn.Embedding's nor an output head's: tied
+    to an embedding, or an nn.Linear outside the blocks with as many outputs as an embedding has
+    rows. Blocks are what an nn.ModuleList holds.
     """
     modules = list(model.modules())
     embeddings = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
@@ -201,7 +203,7 @@ def param_groups(model: nn.Module) -> list[dict]:
     return [{"params": matrices}, {"params": rest, "use_muon": False}]
 
 
-# ---- the two directions: of matrices (m, n), or this process's rows; of stacks (E, m, n)
+# ---- the two directions: NorMuon's for matrices, AdamW's for everything else
 
 def normuon_directions(Ms, vs, like, group, beta2) -> list[Tensor]:
     """0.2 √(mn) / ‖P̂‖_F · P̂ for the momenta Ms of matrices of the shape of the parameter `like`,
@@ -347,7 +349,8 @@ def compile_iteration():  # not on import, since it changes a setting of the who
 # ---- what the optimizers of this repository share
 
 def own_group(group: dict) -> dict:
-    """A copy of the caller's, for counters. An iterator of parameters becomes a list in both."""
+    """A copy of the caller's, for our counters. An iterator becomes a list in both, or it would be
+    used up."""
     if isinstance(group["params"], Iterator):
         group["params"] = list(group["params"])
     return dict(group)

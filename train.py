@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 
 PARENT = os.getppid()  # before the slow imports, during which torchrun may be killed
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads spin: a busy CPU is 20 times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's idle threads spin: 20 times slower
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop: Ctrl-C just ends the process
 
@@ -131,7 +131,8 @@ def compile_and_checkpoint(cfg: Config, model: GPT) -> None:
 # ---- learning rate and reports
 
 def lr_factor(cfg: Config, step: int, steps: int) -> float:
-    """What multiplies lr at step 1, 2, ..., steps of a scheduled optimizer."""
+    """What multiplies lr at step 1, 2, ..., steps. Schedule-free optimizers warm up by themselves:
+    theirs is for the log."""
     if step <= cfg.warmup_steps:
         return step / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
@@ -228,12 +229,12 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
         for micro in range(accumulation):
             first = ((now.step - 1 - now.data_step) * sequences
                      + (micro * WORLD_SIZE + RANK) * cfg.batch_size)
-            x, y = get_batch(cfg, train_data, range(first, first + cfg.batch_size))
+            inputs, targets = get_batch(cfg, train_data, range(first, first + cfg.batch_size))
             with autocast(cfg):
-                micro_loss = model(x, y) / accumulation
+                micro_loss = model(inputs, targets) / accumulation
             micro_loss.backward()  # fully_shard averages over the processes
             loss += micro_loss.detach()
-        grads = [local(p.grad) for p in model.parameters()]
+        grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(grads)).square().sum() / replicas(cfg)
         stats = torch.stack([loss / WORLD_SIZE, squares, squares.new_tensor(len(stop))])
         if WORLD_SIZE > 1:
