@@ -19,10 +19,10 @@ rungs, draws, draw_seed = (1, 4), 12, 2605
 
 margin = 0.015  # nats: two methods closer than this are called equal
 claims = [("anytime", rival, h) for rival in ("normuon", "amuse", "adamw") for h in (4, 16)]
-headline = {"hindsight.recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, drawn",
-            "paper": "SF-NorMuon, the paper's",
-            "amuse": "AMUSE", "adamw": "AdamW, WSD", "normuon": "NorMuon, linear",
-            "horizon.normuon": "NorMuon, linear, by hand"}
+headline = {"hindsight.recommended": "SF-NorMuon, recommended",
+            "horizon.normuon": "NorMuon, linear, by hand",
+            "horizon.adamw": "AdamW, linear, by hand", "adamw": "AdamW, WSD",
+            "paper": "SF-NorMuon, the paper's", "sf_adamw": "SF-AdamW", "amuse": "AMUSE"}
 panels = {"Linux, where they were tuned": "settled", "Go": "elsewhere_go",
           "English": "elsewhere_english", "Linux, 0.15M parameters": "elsewhere_148k"}
 
