@@ -45,7 +45,7 @@ class Config:
     max_tokens: int = 0  # tokens to train on; 0: until it is stopped
     grad_clip: float = 1.0  # largest norm of the gradient; 0: not clipped
     # the optimizer
-    optimizer: str = "sf_normuon"  # or another, whose values are in configs/125m_*
+    optimizer: str = "sf_normuon"  # or another of baselines.OPTIMIZERS: see configs/125m_*
     lr: float = 0.008
     weight_decay: float = 0.05  # of hidden matrices; adam_weight_decay is of the rest
     betas: tuple = (0.9, 0.95)

@@ -19,7 +19,7 @@ from pathlib import Path
 settled, go = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
                for name in ("settled", "elsewhere_go"))
 base = dict(settled["base"], eval_interval=692)
-tokens, horizons, seeds = settled["tokens"], (16,), ()
+tokens, horizons, seeds = settled["tokens"], settled["horizons"], range(5)
 tuning_seeds, tuning = settled["tuning_seeds"][:1], settled["tuning"]
 normuon, adamw = go["optimizers"]["normuon"], go["optimizers"]["adamw"]
 
@@ -30,7 +30,6 @@ def per_step(lr):  # of the weights are lost; rounded, as the decays of the firs
 
 optimizers = {
     "normuon": dict(normuon, weight_decay=per_step, adam_weight_decay=per_step,
-                    lr=[0.00985, 0.0197, 0.0394], horizons=(1, 4, 16), seeds=range(5)),
-    "adamw": dict(adamw, schedule="linear", lr=[0.0096, 0.0192, 0.0384], horizons=(1, 4, 16),
-                  seeds=range(5)),
+                    lr=[0.00985, 0.0197, 0.0394]),
+    "adamw": dict(adamw, schedule="linear", lr=[0.0096, 0.0192, 0.0384]),
 }
