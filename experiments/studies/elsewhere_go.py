@@ -1,8 +1,8 @@
 """The configurations that settled.py chose, nothing tuned, on text that nobody had looked at: the
 sources of Go. elsewhere_english.py and elsewhere_148k.py are the same on Webster's dictionary and
 at twice the size. NorMuon and AdamW know the length. This file was written before any of its runs,
-but for `normuon_by_hand`, which was added when horizon.py had found a better rate and decay on the
-kernel's C: it carries no claim.
+but for `normuon_by_hand` and `adamw_by_hand`, which were added when horizon.py had found better
+knobs on the kernel's C: they carry no claim.
 """
 import runpy
 from pathlib import Path
@@ -16,7 +16,8 @@ margin = settled["margin"]
 claims = [("recommended", rival, 4) for rival in ("normuon", "amuse", "adamw")]
 headline = {"recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, drawn",
             "amuse": "AMUSE", "adamw": "AdamW, WSD", "normuon": "NorMuon, linear",
-            "normuon_by_hand": "NorMuon, linear, by hand"}
+            "normuon_by_hand": "NorMuon, linear, by hand",
+            "adamw_by_hand": "AdamW, linear, by hand"}
 
 
 def both(decay):
@@ -36,3 +37,4 @@ optimizers = {
                     momentum=0.9, warmup_steps=50, schedule="linear"),
 }
 optimizers["normuon_by_hand"] = dict(optimizers["normuon"], lr=0.0394, **both(0.025))
+optimizers["adamw_by_hand"] = dict(optimizers["adamw"], lr=0.0192, schedule="linear")
