@@ -36,7 +36,8 @@ from peers import GPT2, hugging_face
 from sf_normuon import SFNorMuon
 
 CUDA = torch.cuda.is_available()
-SIZES = {"125m": (12, 12, 768), "772m": (36, 20, 1280)}  # layers, heads, width
+# layers, heads, width
+SIZES = {"quickstart": (4, 4, 64), "125m": (12, 12, 768), "772m": (36, 20, 1280)}
 
 
 def seconds(work, waits: bool = False) -> float:
@@ -284,7 +285,7 @@ def main() -> None:
     parser.print_usage = lambda file: None  # a usage error gets one line
     add, parts = parser.add_argument, dict(step=step, train=train_step, start=start, loop=loop)
     add("what", choices=parts)
-    add("--size", choices=("125m", "772m"), default="125m")
+    add("--size", choices=SIZES, default="125m")
     add("--layers", type=int, default=0, help="default: all on a GPU or for loop, else 2")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if CUDA else "float32")
     add("--tokens", type=int, default=16384 if CUDA else 2048, help="of a step of training")

@@ -130,8 +130,8 @@ def test_export_works_on_a_card(trained):
 
 @pytest.mark.parametrize("what", ["step", "train", "loop"])
 def test_bench_works_on_a_card(tmp_path, what):
-    out = call(tmp_path, REPO / "experiments/bench.py", what, "--layers=1", "--rounds=1",
-               "--tokens=32", "--dtype=float32", TORCH_COMPILE_DISABLE="1").stdout
+    out = call(tmp_path, REPO / "experiments/bench.py", what, "--size=quickstart", "--layers=1",
+               "--rounds=1", "--tokens=32", "--dtype=float32", TORCH_COMPILE_DISABLE="1").stdout
     assert "NVIDIA H100 80GB HBM3" in out and "| --- |" in out
 
 
