@@ -33,3 +33,8 @@ optimizers = {
                     lr=[0.00985, 0.0197, 0.0394]),
     "adamw": dict(adamw, schedule="linear", lr=[0.0096, 0.0192, 0.0384]),
 }
+headline = {"hindsight.recommended": "SF-NorMuon, recommended",
+            "settled.anytime": "SF-NorMuon, drawn",
+            "normuon": "NorMuon, by hand", "settled.normuon": "NorMuon, drawn",
+            "settled.muon": "Muon, drawn", "adamw": "AdamW, by hand",
+            "settled.schedulefree_plus": "ScheduleFree+, drawn"}
