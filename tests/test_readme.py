@@ -145,7 +145,7 @@ def test_what_a_page_names_exists(page):
     ("<!-- not run: GPUs -->\n```sh\ntorchrun --nproc_per_node=8 \\\n  train.py "
      "--shard_size=3\n```\n", "shard_size"),
     ("```\npython train.py x\n```\n", "```sh is missing"),
-    ("Or `python experiments/sweep.py\nexperiments/studies/small.py --job=2`.", "no --job"),
+    ("Or `python experiments/sweep.py\nexperiments/studies/gap.py --job=2`.", "no --job"),
     ("`python experiments/memory.py configs/772m_sf.py --processe=8`", "unknown knob"),
     ("`python sample.py runs/x --promt=x`", "no --promt"), ("In `evaluat.py`.", "not exist"),
     ("`pip install -r requirement.txt`", "no such requirements"), ("`--max_token`", "no --max"),

@@ -1,6 +1,6 @@
-"""The comparison of the small study at 125M on FineWeb, 1x to 8x. With its tuning it takes 48 times
-2.5B tokens for each optimizer without a schedule, and 90 times for each with one. 8x needs 20B
-tokens of data: prepare_fineweb.py --subset sample-100BT --tokens=21e9.
+"""The comparison at 125M on FineWeb, 1x to 8x. With its tuning it takes 48 times 2.5B tokens for
+each optimizer without a schedule, and 90 times for each with one. 8x needs 20B tokens of data:
+prepare_fineweb.py --shards 205.
 
     python experiments/sweep.py experiments/studies/125m.py --nproc_per_node=8
 

@@ -5,9 +5,9 @@ run but for rounding.
 import runpy
 from pathlib import Path
 
-small, hindsight = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
-                    for name in ("small", "hindsight"))
-base, tokens = dict(small["base"], compile=True), small["tokens"]
+settled, hindsight = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
+                      for name in ("settled", "hindsight"))
+base, tokens = dict(settled["base"], block_size=128, batch_size=16), settled["tokens"]
 horizons, seeds, tuning_seeds = (4,), range(8), ()
 short, recommended = dict(block_size=32, batch_size=64), hindsight["recommended"]
 optimizers = {
