@@ -106,7 +106,8 @@ def draw_variants(c, color, knobs: list[str]):
                             label=f"{knob} {row.config[knob]}").values()
         values.sort()
         token_axis(c, axis)
-        axis.set(ylabel=LOSS, title=OPTIMIZERS[rows[0].config["optimizer"]].label,
+        optimizer, lr = (rows[0].config[key] for key in ("optimizer", "lr"))
+        axis.set(ylabel=LOSS, title=f"{OPTIMIZERS[optimizer].label}, rate {lr:g}",
                  ylim=(values[0] * 0.99, values[int(len(values) * 0.95)] * 1.02))
         axis.legend()
     return figure

@@ -35,16 +35,12 @@ optimizers = {
 }
 headline = {
     "recommended_decay_at_y": "SF-NorMuon, recommended",
-    "recommended_decay_at_z": "recommended, decay at z",
-    "paper_decay_at_z": "SF-NorMuon, the paper's",
-    "paper_decay_at_y": "the paper's, decay at y",
-    "paper_decay_at_none": "the paper's, no decay",
-    "paper_slow_decay_at_z": "the paper's, a quarter of its rate",
-    "paper_slow_decay_at_y": "the same rate, decay at y",
-    "sf_adamw": "SF-AdamW",
-    "schedulefree_plus": "ScheduleFree+",
-    "amuse": "AMUSE",
+    "normuon_linear": "NorMuon, linear",
     "adamw_linear": "AdamW, linear",
     "adamw_wsd": "AdamW, WSD",
-    "normuon_linear": "NorMuon, linear",
+    "amuse": "AMUSE",
+    "sf_adamw": "SF-AdamW",
+    "schedulefree_plus": "ScheduleFree+",
+    "paper_decay_at_z": "SF-NorMuon, the paper's",
+    "paper_slow_decay_at_z": "the paper's, a quarter of its rate",
 }
