@@ -87,7 +87,7 @@ def claims(c: Comparison) -> str:
         h = times * c.study["tokens"]
         a, b = ([*c.losses(name, h)] for name in (label, rival))
         values = welch(a, b) if a and b else None
-        title = f"{words.get(label, label)} less {words.get(rival, rival)}, {times}x"
+        title = f"{words.get(label, label)} minus {words.get(rival, rival)}, {times}x"
         lost = sum(run.ended < h <= run.planned for run in c.reported
                    if run.row in (label, rival) and (not run.scheduled or run.planned == h))
         title += f" ({lost} diverged)" * (lost > 0)
@@ -100,7 +100,7 @@ def claims(c: Comparison) -> str:
             continue
         difference, low, high, _ = values
         verdict = "equal" if -margin < low and high < margin else (
-            "open" if p >= 0.05 else "lower" if difference < 0 else "higher")
+            "undecided" if p >= 0.05 else "lower" if difference < 0 else "higher")
         lines.append([title, f"{difference:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.2g}", verdict])
     return (f"Declared claims: difference with its 95% interval (Welch), p by Holm; equal: the "
             f"interval lies within ± {margin:g}:\n\n"
@@ -121,7 +121,7 @@ def tables(c: Comparison, target: float | None) -> str:
     for other in filter(None, (adamw, c.reference("normuon"))):
         others = [row for row in rows if row is not other]
         if others:
-            table(f"Less {other.label} of the same length, with the 95% interval (Welch)",
+            table(f"Minus {other.label} of the same length, with the 95% interval (Welch)",
                   lambda row, h: difference_cell(row, other, h), others)
         if others and other is adamw:
             table(f"Tokens to the loss of {adamw.label}, as a fraction of its tokens",
@@ -154,7 +154,7 @@ def headline(c: Comparison) -> str:
     found = [*rows.values()]
     for optimizer, title, cell in (
             ("adamw", "fraction of AdamW's tokens that {} needs to reach its loss", fraction_cell),
-            ("normuon", "{} less NorMuon", difference_cell)):
+            ("normuon", "{} minus NorMuon", difference_cell)):
         rivals = [row for row in found[1:] if row.config["optimizer"] == optimizer]
         if rivals:
             lines.append([title.format(words[found[0].label]),

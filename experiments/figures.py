@@ -189,7 +189,7 @@ def difference(c, color):
     middle.sort()
     plt.setp(axes, ylim=(min(-0.02, middle[0] - 0.02),
                          middle[int(0.9 * (len(middle) - 1))] + 0.05))
-    axes[0].set_ylabel("loss less that of tuned NorMuon (nats)")
+    axes[0].set_ylabel("loss minus that of tuned NorMuon (nats)")
     lines = {line.get_label(): line for axis in axes for line in axis.lines}  # of any panel
     axes[-1].legend([lines[words] for words in rows], rows, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -177,7 +177,7 @@ def test_a_study_from_start_to_report(copy):
     assert "old" not in text and text.startswith("# T\n") and text.endswith("end\n")
     assert "<!-- /results -->\nbetween\n<!-- results: tiny headline -->\n| validation loss" in text
     assert cells(text, "ours", "tiny headline") == cells(text, "sf")
-    assert cells(text, "ours less AdamW, tuned, 2x", "Declared claims")[2] == "fewer than 3 seeds"
+    assert cells(text, "ours minus AdamW, tuned, 2x", "Declared claims")[2] == "fewer than 3 seeds"
     for row, keys in ("sf", reported), ("adamw", [f"adamw_2x_lr0.01_seed{s}" for s in (0, 1)]):
         assert cells(text, row)[-1] == mean_cell([loss(found[key], 256) for key in keys])
     assert "ended early: wild_lr1e+30_seed0 after" in text and "not tuned here: adamw\n" in text

@@ -98,7 +98,7 @@ def test_tables_are_what_the_runs_say(tmp_path):
     assert [line.split(" | ")[0] for line in text.splitlines()[4:8]] == [
         "| sf", "| fast", "| adamw", "| normuon"]  # best first
     for label, rival in ("sf", "adamw"), ("normuon", "adamw"), ("sf", "normuon"):
-        assert cells(text, label, f"Less {rival}") == ["{:+.4f} [{:+.4f}, {:+.4f}]".format(
+        assert cells(text, label, f"Minus {rival}") == ["{:+.4f} [{:+.4f}, {:+.4f}]".format(
             *welch(of[label][h], of[rival][h])) for h in (10, 20)]
     tokens = "Tokens to the loss of adamw"
     assert cells(text, "sf", tokens) == [fraction(of["sf"], of["adamw"][h], h) for h in (10, 20)]
@@ -117,7 +117,7 @@ def test_tables_are_what_the_runs_say(tmp_path):
 def test_claims_are_corrected_by_holm_and_judged_by_the_margin(tmp_path):
     spread = SPREAD / 10
     losses = {"base": 3 + spread, "lower": 2.8 + spread, "higher": 3.3 + SPREAD,
-              "equal": 3.002 + spread[::-1], "open": 2.95 + 8 * SPREAD,
+              "equal": 3.002 + spread[::-1], "undecided": 2.95 + 8 * SPREAD,
               "almost": 2.93 + 1.2 * SPREAD, "two": [2.0, 2.1023]}
     lines = [line for name, values in losses.items()
              for line in free_runs(name, {10: 0.0}, values)]
@@ -132,17 +132,17 @@ def test_claims_are_corrected_by_holm_and_judged_by_the_margin(tmp_path):
                           for p in ps.values() if p <= ps[name]) for name in ps}
     assert ps["almost"] < 0.05 < adjusted["almost"]
     for name, values in raw.items():
-        verdict = {"almost": "open"}.get(name, name)
-        assert cells(text, f"{name} less base, 2x", "±") == [
+        verdict = {"almost": "undecided"}.get(name, name)
+        assert cells(text, f"{name} minus base, 2x", "±") == [
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*values), f"{adjusted[name]:.2g}", verdict]
-    assert cells(text, "base less almost, 2x", "±")[1] == f"{adjusted['almost']:.2g}"
+    assert cells(text, "base minus almost, 2x", "±")[1] == f"{adjusted['almost']:.2g}"
     difference = np.mean(losses["two"]) - np.mean(losses["base"])
-    assert cells(text, "two less base, 2x", "±") == [f"{difference:+.4f}", "", "fewer than 3 seeds"]
-    assert cells(text, "missing less base, 2x", "±") == ["", "", "fewer than 3 seeds"]
+    assert cells(text, "two minus base, 2x", "±") == [f"{difference:+.4f}", "", "fewer than 3 seeds"]
+    assert cells(text, "missing minus base, 2x", "±") == ["", "", "fewer than 3 seeds"]
     assert "± 0.02" in text and "*" not in text  # no stars
     lines[-1]["evals"], lines[-1]["config"]["seed"] = [], 9  # a third seed of `two` diverged
     text = compare.claims(comparison(tmp_path, lines, study))
-    assert cells(text, "two less base, 2x (1 diverged)", "±")[2] == "fewer than 3 seeds"
+    assert cells(text, "two minus base, 2x (1 diverged)", "±")[2] == "fewer than 3 seeds"
 
 
 def test_notes_name_what_the_data_does_not_carry_a_line_each(tmp_path):
@@ -154,7 +154,7 @@ def test_notes_name_what_the_data_does_not_carry_a_line_each(tmp_path):
         "- ended early: lonely_lr0.1_seed0 after 0.005M",
         "- not tuned here: adamw, more0, more1, more2 and 2 more",
         "- one seed, so no interval: more0, more1, more2, more3 and 1 more"]
-    assert cells(text, "more0", "Less adamw") == [f"{3 - np.mean(3 + SPREAD):+.4f}"]  # no interval
+    assert cells(text, "more0", "Minus adamw") == [f"{3 - np.mean(3 + SPREAD):+.4f}"]  # no interval
 
 
 def test_two_runs_of_one_row_and_seed_are_refused(tmp_path):
@@ -186,7 +186,7 @@ def test_headline_names_rows_as_the_study_does_and_its_gain_over_the_best(tmp_pa
     assert cells(text, "fraction of AdamW's tokens that ours needs to reach its loss", "\n") == [
         "", fraction({s: loss + SPREAD for s, loss in sf.items()}, 3.0 + SPREAD, 10)]
     gains = [welch(ours + SPREAD, other + SPREAD) for ours, other in ((3.2, 3.1), (2.8, 2.7))]
-    assert cells(text, "ours less NorMuon", "\n") == [
+    assert cells(text, "ours minus NorMuon", "\n") == [
         "{:+.4f} [{:+.4f}, {:+.4f}]".format(*gain) for gain in gains]
     points = figures.differences(c)  # to the same rivals
     assert [*points] == ["ours", "AdamW, tuned"]

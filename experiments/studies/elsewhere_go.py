@@ -14,10 +14,10 @@ tokens, horizons, seeds, tuning_seeds = settled["tokens"], (1, 4), range(5), ()
 
 margin = settled["margin"]
 claims = [("recommended", rival, 4) for rival in ("normuon", "amuse", "adamw")]
-headline = {"recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, drawn",
-            "amuse": "AMUSE", "adamw": "AdamW, WSD", "normuon": "NorMuon, linear",
-            "normuon_by_hand": "NorMuon, linear, by hand",
-            "adamw_by_hand": "AdamW, linear, by hand"}
+headline = {"recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, random search",
+            "normuon_by_hand": "NorMuon, hand-tuned", "normuon": "NorMuon, random search",
+            "adamw_by_hand": "AdamW, hand-tuned", "adamw": "AdamW, random search",
+            "amuse": "AMUSE, random search"}
 
 
 def both(decay):

@@ -34,7 +34,7 @@ optimizers = {
     "adamw": dict(adamw, schedule="linear", lr=[0.0096, 0.0192, 0.0384]),
 }
 headline = {"hindsight.recommended": "SF-NorMuon, recommended",
-            "settled.anytime": "SF-NorMuon, drawn",
-            "normuon": "NorMuon, by hand", "settled.normuon": "NorMuon, drawn",
-            "settled.muon": "Muon, drawn", "adamw": "AdamW, by hand",
-            "settled.schedulefree_plus": "ScheduleFree+, drawn"}
+            "settled.anytime": "SF-NorMuon, random search",
+            "normuon": "NorMuon, hand-tuned", "settled.normuon": "NorMuon, random search",
+            "settled.muon": "Muon, random search", "adamw": "AdamW, hand-tuned",
+            "settled.schedulefree_plus": "ScheduleFree+, random search"}

@@ -20,8 +20,8 @@ rungs, draws, draw_seed = (1, 4), 12, 2605
 margin = 0.015  # nats: two methods closer than this are called equal
 claims = [("anytime", rival, h) for rival in ("normuon", "amuse", "adamw") for h in (4, 16)]
 headline = {"hindsight.recommended": "SF-NorMuon, recommended",
-            "horizon.normuon": "NorMuon, linear, by hand",
-            "horizon.adamw": "AdamW, linear, by hand", "adamw": "AdamW, WSD",
+            "horizon.normuon": "NorMuon, hand-tuned",
+            "horizon.adamw": "AdamW, hand-tuned", "adamw": "AdamW, random search",
             "paper": "SF-NorMuon, the paper's", "sf_adamw": "SF-AdamW", "amuse": "AMUSE"}
 panels = {"Linux, where they were tuned": "settled", "Go": "elsewhere_go",
           "English": "elsewhere_english", "Linux, 0.15M parameters": "elsewhere_148k"}
