@@ -3,7 +3,9 @@ by 0.01 at 1x and 4x already. Here one knob of that configuration changes at a t
 tuning seeds and the tuning text, to 4x. Written before its runs; it describes and carries no claim.
 
 The same for AdamW at 16x, on one tuning seed: horizon.py's has three knobs at the edge of the space
-of settled.py, and here each goes beyond it.
+of settled.py, and here each goes beyond it. Last, on that seed too: does the best rate of the
+recommended configuration fall with the length, as long.py found for the paper's? Half and twice of
+it, with the same product of rate and decay, to 16x.
 """
 import runpy
 from pathlib import Path
@@ -33,6 +35,13 @@ beyond = {
     "adamw_warmup_400": dict(warmup_steps=400),
     "adamw_beta1_0.7": dict(betas=(0.7, 0.95)),
 }
+long = dict(recommended, horizons=(1, 4, 16), seeds=seeds[:1])
+rates = {
+    "to_16x": {},
+    "to_16x_rate_half": dict(lr=0.016, **both(0.06)),
+    "to_16x_rate_x2": dict(lr=0.064, **both(0.015)),
+}
 optimizers = {"recommended": recommended,
               **{name: {**recommended, **change} for name, change in changes.items()},
-              **{name: {**adamw, **change} for name, change in beyond.items()}}
+              **{name: {**adamw, **change} for name, change in beyond.items()},
+              **{name: {**long, **change} for name, change in rates.items()}}
