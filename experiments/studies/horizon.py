@@ -36,5 +36,6 @@ optimizers = {
 headline = {"hindsight.recommended": "SF-NorMuon, recommended",
             "settled.anytime": "SF-NorMuon, random search",
             "normuon": "NorMuon, hand-tuned", "settled.normuon": "NorMuon, random search",
-            "settled.muon": "Muon, random search", "adamw": "AdamW, hand-tuned",
+            "settled.muon": "Muon, random search",
+            "settled.amuse": "AMUSE, random search (T0 = 250)",
             "settled.schedulefree_plus": "ScheduleFree+, random search"}

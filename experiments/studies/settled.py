@@ -22,7 +22,8 @@ claims = [("anytime", rival, h) for rival in ("normuon", "amuse", "adamw") for h
 headline = {"hindsight.recommended": "SF-NorMuon, recommended",
             "horizon.normuon": "NorMuon, hand-tuned",
             "horizon.adamw": "AdamW, hand-tuned", "adamw": "AdamW, random search",
-            "paper": "SF-NorMuon, the paper's", "sf_adamw": "SF-AdamW", "amuse": "AMUSE"}
+            "paper": "SF-NorMuon, the paper's", "sf_adamw": "SF-AdamW",
+            "hindsight.amuse_late": "AMUSE, T0 = 1,000"}
 panels = {"Linux, where they were tuned": "settled", "Go": "elsewhere_go",
           "English": "elsewhere_english", "Linux, 0.15M parameters": "elsewhere_148k"}
 
