@@ -1,7 +1,7 @@
 """The paper's ablations in the setting of settled.py, to 4x: decay at z, y and none (Fig. 2),
-momentum and row normalization (Fig. 3). Each has a rate of its own, chosen at 4x on one tuning seed.
-Written before its runs, but for the method itself, which was settled.py's `paper` at first, whose
-rate is chosen for 1x too. It describes and carries no claim. long.py has the places of decay to 50x.
+momentum and row normalization (Fig. 3). Each has a rate of its own, chosen at 4x on one tuning
+seed. Written before its runs, but for the method itself, which was settled.py's `paper` at first,
+whose rate is chosen for 1x too. It describes and carries no claim. long.py has decay to 50x.
 """
 import runpy
 from pathlib import Path
