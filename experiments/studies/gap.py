@@ -16,6 +16,7 @@ base = dict(settled["base"], **settled["tuning"], eval_interval=692)
 tokens, horizons, seeds, tuning_seeds = settled["tokens"], (4,), settled["tuning_seeds"], ()
 recommended, both = hindsight["recommended"], go["both"]
 changes = {
+    "recommended": {},
     "rate_x2_decay_half": dict(lr=0.064, **both(0.015)),
     "decay_half": both(0.015),
     "warmup_50": dict(warmup_steps=50),
@@ -41,7 +42,6 @@ rates = {
     "to_16x_rate_half": dict(lr=0.016, **both(0.06)),
     "to_16x_rate_x2": dict(lr=0.064, **both(0.015)),
 }
-optimizers = {"recommended": recommended,
-              **{name: {**recommended, **change} for name, change in changes.items()},
-              **{name: {**adamw, **change} for name, change in beyond.items()},
-              **{name: {**long, **change} for name, change in rates.items()}}
+optimizers = {name: {**known, **change}
+              for known, variants in ((recommended, changes), (adamw, beyond), (long, rates))
+              for name, change in variants.items()}
