@@ -165,7 +165,7 @@ def headline(c: Comparison) -> str:
 # ---- the report
 
 def declared(path: Path) -> dict:
-    """What the study of a results file declares: tokens, claims, headline, panels, follow, ..."""
+    """What the study of a results file declares: tokens, claims, headline, panels, center, ..."""
     file = ROOT / "experiments/studies" / f"{path.stem}.py"
     if not file.exists():
         return {}
@@ -271,7 +271,7 @@ def main() -> None:
         raise Refused("--readme needs one study, experiments/results/<study>.jsonl")
     out = f"{file.with_suffix('')}_" if file else "figures/"
     study = declared(file) if file else {}
-    if "follow" in study:
+    if "center" in study:
         runs = read_runs(args.paths)
         text, texts = rates.table(runs, study), {}
         if not args.check:

@@ -1,9 +1,9 @@
-"""The best rate of each size, and how it moves with the size: the table and the figures of a study
-of tuning runs. It declares
+"""The best rate, and how it moves with the size: tables and figures of a study of tuning runs in
+which one knob of size changes at a time. It declares
 
-    follow     the knob that is the size: n_embd, n_layer, total_batch_tokens, ...
-    methods    {label: ...}; the rows are named <label>_<size>
-    predict    sizes that the power law is extended to
+    center     {knob: its value while another one changes}: n_embd, n_layer, max_tokens, ...
+    predict    {knob: sizes that the power law is extended to}
+    methods    {label: ...}; the rows are named <label>_...
 """
 import math
 from collections import defaultdict
@@ -12,35 +12,38 @@ from statistics import mean, variance
 import matplotlib.pyplot as plt
 import numpy as np
 
-from figures import LOSS, palette, panels
+from figures import palette, panels
 from runs import Refused
 
 WITHIN_95 = 1.96  # standard errors
 
 
-def losses_by_rate(runs: list, study: dict) -> dict[str, dict[int, dict[float, list[float]]]]:
-    """label: size: rate: the losses of the seeds at the end."""
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+def losses_by_rate(runs: list, study: dict, knob: str) -> dict[str, dict]:
+    """label: size: rate: the losses of the seeds at the end, for labels with two sizes or more."""
+    found = {label: defaultdict(lambda: defaultdict(list)) for label in study["methods"]}
+    others = {key: value for key, value in study["center"].items() if key != knob}
     for run in runs:
-        label, _, size = run.row.rpartition("_")
-        if label in study["methods"]:  # results hold ended runs: what stopped early diverged
-            found[label][int(size)][run.config["lr"]].append(
+        labels = [label for label in found if run.row.startswith(f"{label}_")]
+        if labels and all(run.config[key] == value for key, value in others.items()):
+            # results hold ended runs: what stopped early diverged
+            found[max(labels, key=len)][run.config[knob]][run.config["lr"]].append(
                 run.evals[-1]["val_loss"] if run.planned == run.ended else math.inf)
-    return found
+    return {label: sizes for label, sizes in found.items() if len(sizes) > 1}
 
 
-def noise(found: dict) -> float:
+def noise(tables: list[dict]) -> float:
     """The standard deviation between seeds, pooled over all rates that train well."""
-    pooled = []
-    for sizes in found.values():
-        for rates in sizes.values():
-            good = min(map(mean, rates.values())) + 0.1
-            pooled += [(variance(x), len(x) - 1) for x in rates.values()
-                       if len(x) > 1 and mean(x) < good]
-    freedom = sum(n for _, n in pooled)
+    pooled = {}
+    for found in tables:
+        for label, sizes in found.items():
+            for size, rates in sizes.items():
+                good = min(map(mean, rates.values())) + 0.1
+                pooled.update({(label, *x): (variance(x), len(x) - 1) for x in rates.values()
+                               if len(x) > 1 and mean(x) < good})
+    freedom = sum(n for _, n in pooled.values())
     if not freedom:
         raise Refused("no rate of this study has ended with two seeds")
-    return math.sqrt(sum(v * n for v, n in pooled) / freedom)
+    return math.sqrt(sum(v * n for v, n in pooled.values()) / freedom)
 
 
 def optimum(rates: dict[float, list[float]], sd: float) -> tuple[float, float] | None:
@@ -73,80 +76,86 @@ def interval(value: float, error: float) -> str:
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def rows(found: dict, study: dict):
-    """For each label its optima, and its power law where two sizes or more have one."""
-    sd = noise(found)
-    for label in study["methods"]:
-        optima = {size: best for size, rates in sorted(found.get(label, {}).items())
-                  if (best := optimum(rates, sd))}
-        yield label, optima, power_law(optima) if len(optima) > 1 else None
+def followed(runs: list, study: dict) -> tuple[dict, float]:
+    """knob: label: (losses by rate, optima, power law or None); and the deviation between seeds."""
+    losses = {knob: losses_by_rate(runs, study, knob) for knob in study["center"]}
+    sd, found = noise([*losses.values()]), defaultdict(dict)
+    for knob, labels in losses.items():
+        for label, sizes in labels.items():
+            optima = {size: best for size, rates in sorted(sizes.items())
+                      if (best := optimum(rates, sd))}
+            law = power_law(optima) if len(optima) > 1 else None
+            found[knob][label] = sizes, optima, law
+    return found, sd
 
 
 def table(runs: list, study: dict) -> str:
-    found = losses_by_rate(runs, study)
-    sizes = sorted({size for rates in found.values() for size in rates})
-    predict = study.get("predict", ())
-    header = [f"best rate at {study['follow']}", *map(str, sizes), "power",
-              *(f"{size} (power law)" for size in predict)]
-    lines = []
-    for label, optima, law in rows(found, study):
-        cells = [interval(*optima[size]) if size in optima else "" for size in sizes]
-        cells += [""] * (1 + len(predict))
-        if law:
-            p, covariance = law
-            error = WITHIN_95 * math.sqrt(covariance[0, 0])
-            cells[len(sizes)] = f"{p[0]:+.2f} ± {error:.2f}"
-            for i, size in enumerate(predict):
-                a = np.array([math.log2(size), 1])
-                cells[len(sizes) + 1 + i] = interval(a @ p, math.sqrt(a @ covariance @ a))
-        lines.append([label, *cells])
-    text = "\n".join("| " + " | ".join(line) + " |"
-                     for line in (header, ["---"] * len(header), *lines))
-    return (f"{text}\n\nThe vertex of the parabola through the best rate and its neighbors, with its "
-            f"95% interval from the standard deviation between seeds, {noise(found):.4f}.\n")
+    found, sd = followed(runs, study)
+    parts = []
+    for knob, labels in found.items():
+        sizes = sorted({size for by_size, _, _ in labels.values() for size in by_size})
+        predict = study["predict"].get(knob, ())
+        lines = [[f"best rate at {knob}", *(f"{size:,}" for size in sizes), "power",
+                  *(f"{size:,} (power law)" for size in predict)]]
+        lines.append(["---"] * len(lines[0]))
+        for label, (_, optima, law) in labels.items():
+            cells = [interval(*optima[size]) if size in optima else "" for size in sizes]
+            cells += [""] * (1 + len(predict))
+            if law:
+                p, covariance = law
+                error = WITHIN_95 * math.sqrt(covariance[0, 0])
+                cells[len(sizes)] = f"{p[0]:+.2f} ± {error:.2f}"
+                for i, size in enumerate(predict, len(sizes) + 1):
+                    a = np.array([math.log2(size), 1])
+                    cells[i] = interval(a @ p, math.sqrt(a @ covariance @ a))
+            lines.append([label, *cells])
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n")
+    return "".join(parts) + (
+        "The vertex of the parabola through the best rate and its neighbors, with its 95% interval "
+        f"from the standard deviation between seeds, {sd:.4f}.\n")
 
 
 def draw(runs: list, study: dict, prefix: str) -> None:
     """Writes <prefix>rates.svg, the losses over the rate, and <prefix>optimum.svg, the best rate
     over the size."""
-    found = losses_by_rate(runs, study)
-    labels = [label for label in study["methods"] if label in found]
-    sizes = sorted({size for rates in found.values() for size in rates})
-    color = dict(zip(sizes, palette(len(sizes))))
-    columns = min(4, len(labels))
-    figure, axes = plt.subplots(math.ceil(len(labels) / columns), columns, squeeze=False,
-                                figsize=(3.6 * columns, 3.4 * math.ceil(len(labels) / columns)),
-                                layout="constrained")
-    for axis in axes.flat[len(labels):]:
+    found, _ = followed(runs, study)
+    curves = [(knob, label) for knob in found for label in found[knob]]
+    columns = min(4, len(curves))
+    lines = math.ceil(len(curves) / columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
+                                figsize=(3.6 * columns, 3.4 * lines))
+    for axis in axes.flat[len(curves):]:
         axis.set_axis_off()
-    laws = {label: (optima, law) for label, optima, law in rows(found, study)}
-    for axis, label in zip(axes.flat, labels):
-        for size, rates in sorted(found[label].items()):
-            order = sorted(rates)
-            means = [mean(rates[rate]) for rate in order]
-            axis.plot(order, means, "o-", color=color[size], label=size)
-            if size in laws[label][0]:
-                axis.axvline(2 ** laws[label][0][size][0], color=color[size], linestyle=":")
+    for axis, (knob, label) in zip(axes.flat, curves):
+        by_size, optima, _ = found[knob][label]
+        for (size, rates), color in zip(sorted(by_size.items()), palette(len(by_size))):
+            means = {rate: mean(losses) for rate, losses in sorted(rates.items())}
+            above = [loss - min(means.values()) for loss in means.values()]
+            axis.plot([*means], above, "o-", color=color, label=f"{size:,}")
+            if size in optima:
+                axis.axvline(2 ** optima[size][0], color=color, linestyle=":")
         axis.set_xscale("log", base=2)
-        axis.set(title=label, xlabel="rate", ylabel=LOSS)
-    axes[0, 0].legend(title=study["follow"])
+        axis.set(title=label, xlabel="rate", ylabel="loss above the lowest", ylim=(-0.003, 0.1))
+        axis.legend(title=knob)
     figure.savefig(f"{prefix}rates.svg", metadata={"Date": None})
     plt.close(figure)
 
-    figure, (axis,) = panels(width=8.0)
-    for label, shade in zip(labels, palette(len(labels))):
-        optima, law = laws[label]
-        for size, (value, error) in optima.items():
-            ends = [2 ** (value + k * WITHIN_95 * error) for k in (-1, 1)]
-            axis.plot([size, size], ends, color=shade)
-            axis.plot(size, 2**value, "o", color=shade)
-        if law:
-            far = [min(optima), max([*optima, *study.get("predict", ())])]
-            axis.plot(far, [2 ** (law[0] @ [math.log2(size), 1]) for size in far], "--",
-                      color=shade, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.set(xlabel=study["follow"], ylabel="best rate")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure, axes = panels(len(found))
+    color = dict(zip(study["methods"], palette(len(study["methods"]))))
+    for axis, (knob, labels) in zip(axes, found.items()):
+        for label, (_, optima, law) in labels.items():
+            if optima:
+                values, errors = np.array([*optima.values()]).T
+                low, best, high = (2 ** (values + k * WITHIN_95 * errors) for k in (-1, 0, 1))
+                axis.errorbar([*optima], best, [best - low, high - best], fmt="o", capsize=3,
+                              color=color[label], label=label)
+            if law:
+                far = [min(optima), max([*optima, *study["predict"].get(knob, ())])]
+                axis.plot(far, [2 ** (law[0] @ [math.log2(size), 1]) for size in far], "--",
+                          color=color[label])
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set(xlabel=knob, ylabel="best rate")
+        axis.legend()
     figure.savefig(f"{prefix}optimum.svg", metadata={"Date": None})
     plt.close(figure)
