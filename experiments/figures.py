@@ -44,7 +44,7 @@ def draw(c, prefix: str) -> None:
     """Writes <prefix><name>.svg for each figure that the runs allow."""
     color = dict(zip(c.rows, palette(len(c.rows))))
     Path(f"{prefix}x").parent.mkdir(parents=True, exist_ok=True)
-    for make in (headline, loss, difference, decay, momentum_and_rows, steady_state, tuning, seeds):
+    for make in (headline, loss, difference, decay, steady_state, tuning, seeds):
         figure = make(c, color)
         if figure:
             figure.savefig(f"{prefix}{make.__name__}.svg", metadata={"Date": None})
@@ -85,32 +85,6 @@ def label_ends(axis, ends: list[tuple[float, float, str, str]], gap: float = 0.0
     for (_, y, words, color), place in zip(ends, places):
         axis.annotate(words, (right, low + place * (high - low)), xytext=(8, 0), color=color,
                       textcoords="offset points", va="center", annotation_clip=False)
-
-
-def draw_variants(c, color, knobs: list[str]):
-    """A panel for each set of rows that differ in one of these knobs only."""
-    found = []
-    for knob in knobs:
-        alike = {}
-        for row in c.rows.values():
-            rest = {k: v for k, v in row.config.items() if k != knob and k not in BESIDE}
-            alike.setdefault(str(rest), []).append(row)
-        found += [(knob, rows) for rows in alike.values() if len(rows) > 1]
-    if not found:
-        return None
-    figure, axes = panels(len(found))
-    for axis, (knob, rows) in zip(axes, found):
-        values, longest = [], max(max(row.runs) for row in rows)
-        for row in rows:
-            values += curve(axis, row, longest / 50, color=color[row.label],
-                            label=f"{knob} {row.config[knob]}").values()
-        values.sort()
-        token_axis(c, axis)
-        optimizer, lr = (rows[0].config[key] for key in ("optimizer", "lr"))
-        axis.set(ylabel=LOSS, title=f"{OPTIMIZERS[optimizer].label}, rate {lr:g}",
-                 ylim=(values[0] * 0.99, values[int(len(values) * 0.95)] * 1.02))
-        axis.legend()
-    return figure
 
 
 # ---- the figures
@@ -196,13 +170,27 @@ def difference(c, color):
 
 
 def decay(c, color):
-    """Fig. 2 of the paper."""
-    return draw_variants(c, color, ["decay_at"])
-
-
-def momentum_and_rows(c, color):
-    """Fig. 3 of the paper."""
-    return draw_variants(c, color, ["momentum", "normalize_rows"])
+    """Fig. 2 of the paper: a panel for each set of rows that differ in the place of decay only."""
+    alike = {}
+    for row in c.rows.values():
+        rest = {k: v for k, v in row.config.items() if k != "decay_at" and k not in BESIDE}
+        alike.setdefault(str(rest), []).append(row)
+    found = [rows for rows in alike.values() if len(rows) > 1]
+    if not found:
+        return None
+    figure, axes = panels(len(found))
+    for axis, rows in zip(axes, found):
+        values, longest = [], max(max(row.runs) for row in rows)
+        for row in rows:
+            values += curve(axis, row, longest / 50, color=color[row.label],
+                            label=f"decay_at {row.config['decay_at']}").values()
+        values.sort()
+        token_axis(c, axis)
+        optimizer, lr = (rows[0].config[key] for key in ("optimizer", "lr"))
+        axis.set(ylabel=LOSS, title=f"{OPTIMIZERS[optimizer].label}, rate {lr:g}",
+                 ylim=(values[0] * 0.99, values[int(len(values) * 0.95)] * 1.02))
+        axis.legend()
+    return figure
 
 
 def steady_state(c, color):

@@ -135,7 +135,8 @@ def draw(runs: list, study: dict, prefix: str) -> None:
             if size in optima:
                 axis.axvline(2 ** optima[size][0], color=color, linestyle=":")
         axis.set_xscale("log", base=2)
-        axis.set(title=label, xlabel="rate", ylabel="loss above the lowest", ylim=(-0.003, 0.1))
+        axis.xaxis.set_major_formatter("{x:.2g}")
+        axis.set(title=label, xlabel="rate", ylabel="loss above the lowest", ylim=(-0.002, 0.05))
         axis.legend(title=knob)
     figure.savefig(f"{prefix}rates.svg", metadata={"Date": None})
     plt.close(figure)
@@ -154,7 +155,9 @@ def draw(runs: list, study: dict, prefix: str) -> None:
                 axis.plot(far, [2 ** (law[0] @ [math.log2(size), 1]) for size in far], "--",
                           color=color[label])
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:.2g}")
         axis.set(xlabel=knob, ylabel="best rate")
         axis.legend()
     figure.savefig(f"{prefix}optimum.svg", metadata={"Date": None})

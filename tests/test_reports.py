@@ -326,10 +326,10 @@ def test_the_figure_of_differences_shows_intervals_and_the_margin(tmp_path):
 
 
 def test_variants_that_are_short_beside_other_runs_have_their_panel(tmp_path):
-    lines = [*(a_run(f"m{momentum}_seed0", {5: 3.1, 10: 3.0}, momentum=momentum, **FREE)
-               for momentum in (0.0, 0.8)), a_run("long_seed0", {1000: 2.0}, optimizer="sf_adamw")]
+    lines = [*(a_run(f"{place}_seed0", {5: 3.1, 10: 3.0}, decay_at=place, **FREE)
+               for place in "yz"), a_run("long_seed0", {1000: 2.0}, optimizer="sf_adamw")]
     c = comparison(tmp_path, lines)
-    [axis] = figures.momentum_and_rows(c, dict(zip(c.rows, figures.palette(3)))).axes
+    [axis] = figures.decay(c, dict(zip(c.rows, figures.palette(3)))).axes
     assert [[*line.get_ydata()] for line in axis.lines] == [[3.1, 3.0]] * 2
 
 
