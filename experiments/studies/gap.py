@@ -21,6 +21,8 @@ changes = {
     "decay_half": both(0.015),
     "warmup_50": dict(warmup_steps=50),
     "adam_rate_half": dict(adam_lr=0.016),
+    "matrix_rate_half": dict(lr=0.016, weight_decay=0.06, adam_lr=0.032),
+    "matrix_rate_quarter": dict(lr=0.008, weight_decay=0.12, adam_lr=0.032),
     "adam_betas": dict(adam_betas=(0.4, 0.95)),
     "momentum_0.95": dict(momentum=0.95),
     "beta1_0.2": dict(betas=(0.2, 0.95), adam_betas=(0.2, 0.99)),

@@ -39,6 +39,8 @@ methods = {
 }
 optimizers = {f"{name}_{width}": dict(knobs, n_embd=width, n_head=width // 16)
               for name, knobs in methods.items() for width in (32, 64, 128)}
+optimizers["anytime_apart_256"] = dict(methods["anytime_apart"], n_embd=256, n_head=16,
+                                       lr=[0.004, 0.008])
 
 around = {  # one thing changes at width 64; decay and warm-up stay the same part of the run
     "layers2": dict(n_layer=2), "layers8": dict(n_layer=8), "length4": dict(horizons=(4,)),
