@@ -2,9 +2,11 @@
 steps of 4,096 tokens, depth 4, heads of 16. Matrix steps of a given RMS (the paper's) beside steps
 of a given spectral norm, with one rate for all parameters, or with embeddings and gains apart.
 
-All runs choose a rate, so all are named tune_, but for those of adam_, which change only the rate of
-embeddings and gains. Decay times rate stays one over the steps of 1x (the paper's method keeps its
-decay of 0.05). Validation is of 1M bytes: on 262,144 the noise is twice as large.
+Runs that choose a rate are named tune_; those of adam_ change only that of embeddings and gains.
+Decay times rate stays one over the steps of 1x (the paper's method keeps its decay of 0.05).
+Validation is of 1M bytes: on 262,144, which the first 26 runs used, the noise is twice as large.
+Their models were read again from the checkpoints. Seed 2 of anytime_apart_64 and a few rates beyond
+the grids stem from that time.
 """
 base = dict(
     data_dir="data/linux", vocab_size=320, n_layer=4, block_size=32, batch_size=128,
@@ -42,7 +44,7 @@ optimizers = {f"{name}_{width}": dict(knobs, n_embd=width, n_head=width // 16)
 optimizers["anytime_apart_256"] = dict(methods["anytime_apart"], n_embd=256, n_head=16,
                                        lr=[0.004, 0.008])
 
-around = {  # one thing changes at width 64; decay and warm-up stay the same part of the run
+around = {  # one thing changes at width 64; with the batch, what is counted in steps changes too
     "layers2": dict(n_layer=2), "layers8": dict(n_layer=8), "length4": dict(horizons=(4,)),
     "batch1024": dict(total_batch_tokens=1024, batch_size=32, eval_interval=4000, warmup_steps=400,
                       weight_decay=lambda lr: per_step(lr) / 4, adam_weight_decay=0.0125),
