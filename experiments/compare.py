@@ -33,16 +33,11 @@ try:
 except ImportError as e:
     sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
-from runs import (SETTING, Comparison, Refused, Row, Unreadable, best, fraction, holm, read_runs,
-                  read_study, welch)
+from runs import (SETTING, Comparison, Refused, Row, Unreadable, best, fraction, holm, markdown,
+                  read_runs, read_study, welch)
 
 
 # ---- cells
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
-
 
 def loss_cell(row: Row, h: int) -> str:
     losses = row.losses(h)

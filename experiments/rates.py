@@ -13,9 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from figures import palette, panels
-from runs import Refused
+from runs import Refused, markdown
 
 WITHIN_95 = 1.96  # standard errors
+DIVERGED = math.inf  # results hold ended runs: what stopped before its planned end diverged
 
 
 def losses_by_rate(runs: list, study: dict, knob: str) -> dict[str, dict]:
@@ -25,25 +26,25 @@ def losses_by_rate(runs: list, study: dict, knob: str) -> dict[str, dict]:
     for run in runs:
         labels = [label for label in found if run.row.startswith(f"{label}_")]
         if labels and all(run.config[key] == value for key, value in others.items()):
-            # results hold ended runs: what stopped early diverged
-            found[max(labels, key=len)][run.config[knob]][run.config["lr"]].append(
-                run.evals[-1]["val_loss"] if run.planned == run.ended else math.inf)
+            rates = found[max(labels, key=len)][run.config[knob]]
+            rates[run.config["lr"]].append(run.loss(run.planned) or DIVERGED)
     return {label: sizes for label, sizes in found.items() if len(sizes) > 1}
 
 
-def noise(tables: list[dict]) -> float:
+def noise(runs: list) -> float:
     """The standard deviation between seeds, pooled over all rates that train well."""
-    pooled = {}
-    for found in tables:
-        for label, sizes in found.items():
-            for size, rates in sizes.items():
-                good = min(map(mean, rates.values())) + 0.1
-                pooled.update({(label, *x): (variance(x), len(x) - 1) for x in rates.values()
-                               if len(x) > 1 and mean(x) < good})
-    freedom = sum(n for _, n in pooled.values())
+    rows = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        rows[run.row][run.config["lr"]].append(run.loss(run.planned) or DIVERGED)
+    pooled = []
+    for rates in rows.values():
+        good = min(map(mean, rates.values())) + 0.1
+        pooled += [(variance(x), len(x) - 1) for x in rates.values()
+                   if len(x) > 1 and mean(x) < good]
+    freedom = sum(n for _, n in pooled)
     if not freedom:
         raise Refused("no rate of this study has ended with two seeds")
-    return math.sqrt(sum(v * n for v, n in pooled.values()) / freedom)
+    return math.sqrt(sum(v * n for v, n in pooled) / freedom)
 
 
 def optimum(rates: dict[float, list[float]], sd: float) -> tuple[float, float] | None:
@@ -77,15 +78,15 @@ def interval(value: float, error: float) -> str:
 
 
 def followed(runs: list, study: dict) -> tuple[dict, float]:
-    """knob: label: (losses by rate, optima, power law or None); and the deviation between seeds."""
-    losses = {knob: losses_by_rate(runs, study, knob) for knob in study["center"]}
-    sd, found = noise([*losses.values()]), defaultdict(dict)
-    for knob, labels in losses.items():
-        for label, sizes in labels.items():
+    """knob: label: (losses by rate, optima, power law or None), of the knobs that have changed; and
+    the standard deviation between seeds."""
+    sd, found = noise(runs), {}
+    for knob in study["center"]:
+        for label, sizes in losses_by_rate(runs, study, knob).items():
             optima = {size: best for size, rates in sorted(sizes.items())
                       if (best := optimum(rates, sd))}
             law = power_law(optima) if len(optima) > 1 else None
-            found[knob][label] = sizes, optima, law
+            found.setdefault(knob, {})[label] = sizes, optima, law
     return found, sd
 
 
@@ -95,21 +96,21 @@ def table(runs: list, study: dict) -> str:
     for knob, labels in found.items():
         sizes = sorted({size for by_size, _, _ in labels.values() for size in by_size})
         predict = study["predict"].get(knob, ())
-        lines = [[f"best rate at {knob}", *(f"{size:,}" for size in sizes), "power",
-                  *(f"{size:,} (power law)" for size in predict)]]
-        lines.append(["---"] * len(lines[0]))
+        header = [f"best rate at {knob}", *(f"{size:,}" for size in sizes), "power",
+                  *(f"{size:,} (power law)" for size in predict)]
+        lines = []
         for label, (_, optima, law) in labels.items():
             cells = [interval(*optima[size]) if size in optima else "" for size in sizes]
-            cells += [""] * (1 + len(predict))
             if law:
                 p, covariance = law
-                error = WITHIN_95 * math.sqrt(covariance[0, 0])
-                cells[len(sizes)] = f"{p[0]:+.2f} ± {error:.2f}"
-                for i, size in enumerate(predict, len(sizes) + 1):
+                cells.append(f"{p[0]:+.2f} ± {WITHIN_95 * math.sqrt(covariance[0, 0]):.2f}")
+                for size in predict:
                     a = np.array([math.log2(size), 1])
-                    cells[i] = interval(a @ p, math.sqrt(a @ covariance @ a))
+                    cells.append(interval(a @ p, math.sqrt(a @ covariance @ a)))
+            else:
+                cells += [""] * (1 + len(predict))
             lines.append([label, *cells])
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n")
+        parts.append(markdown(header, lines) + "\n")
     return "".join(parts) + (
         "The vertex of the parabola through the best rate and its neighbors, with its 95% interval "
         f"from the standard deviation between seeds, {sd:.4f}.\n")

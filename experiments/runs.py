@@ -1,4 +1,4 @@
-"""What runs say: their logs, the rows that they make, and statistics over independent seeds."""
+"""What runs say: their logs, their rows, statistics over independent seeds, and tables."""
 import json
 import math
 import re
@@ -282,3 +282,8 @@ def fraction(row: Row, other: Row, h: int) -> list[str]:
         else:
             cells.append("< " * (at == min(curve)) + f"{at / h:.2f}")
     return cells[:1] if cells[0][0] in "<>" else cells
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"

@@ -1,6 +1,7 @@
 """What is left of the gap? NorMuon as horizon.py tuned it is ahead of the recommended configuration
 by 0.01 at 1x and 4x already. Here one knob of that configuration changes at a time, on the two
-tuning seeds and the tuning text, to 4x. Written before its runs; it describes and carries no claim.
+tuning seeds and the tuning text, to 4x. Written before its runs but for matrix_rate_*, which keep
+the rate of embeddings and gains; it describes and carries no claim.
 
 The same for AdamW at 16x, on one tuning seed: horizon.py's has three knobs at the edge of the space
 of settled.py, and here each goes beyond it. Last, on that seed too: does the best rate of the
