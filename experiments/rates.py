@@ -72,6 +72,12 @@ def power_law(optima: dict[int, tuple[float, float]]) -> tuple[np.ndarray, np.nd
     return covariance @ A.T @ (y / errors), covariance
 
 
+def extend(law: tuple, size: int) -> tuple[float, float]:
+    """log2 of the rate that the power law has at this size, and its standard error."""
+    (p, covariance), a = law, np.array([math.log2(size), 1])
+    return a @ p, math.sqrt(a @ covariance @ a)
+
+
 def interval(value: float, error: float) -> str:
     low, middle, high = (2 ** (value + k * WITHIN_95 * error) for k in (-1, 0, 1))
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
@@ -104,16 +110,18 @@ def table(runs: list, study: dict) -> str:
             if law:
                 p, covariance = law
                 cells.append(f"{p[0]:+.2f} ± {WITHIN_95 * math.sqrt(covariance[0, 0]):.2f}")
-                for size in predict:
-                    a = np.array([math.log2(size), 1])
-                    cells.append(interval(a @ p, math.sqrt(a @ covariance @ a)))
+                cells += [interval(*extend(law, size)) for size in predict]
             else:
                 cells += [""] * (1 + len(predict))
             lines.append([label, *cells])
-        parts.append(markdown(header, lines) + "\n")
+        losses = [[label] + [f"{min(map(mean, by_size[size].values())):.4f}" if size in by_size
+                             else "" for size in sizes] for label, (by_size, _, _) in labels.items()]
+        parts += [markdown(header, lines) + "\n",
+                  markdown(["lowest mean loss", *header[1:len(sizes) + 1]], losses) + "\n"]
     return "".join(parts) + (
-        "The vertex of the parabola through the best rate and its neighbors, with its 95% interval "
-        f"from the standard deviation between seeds, {sd:.4f}.\n")
+        "The best rate is the vertex of the parabola through the best rate that ran and its "
+        "neighbors, with its 95% interval from the standard deviation between seeds, "
+        f"{sd:.4f}.\n")
 
 
 def draw(runs: list, study: dict, prefix: str) -> None:
@@ -146,15 +154,17 @@ def draw(runs: list, study: dict, prefix: str) -> None:
     color = dict(zip(study["methods"], palette(len(study["methods"]))))
     for axis, (knob, labels) in zip(axes, found.items()):
         for label, (_, optima, law) in labels.items():
-            if optima:
-                values, errors = np.array([*optima.values()]).T
-                low, best, high = (2 ** (values + k * WITHIN_95 * errors) for k in (-1, 0, 1))
-                axis.errorbar([*optima], best, [best - low, high - best], fmt="o", capsize=3,
-                              color=color[label], label=label)
+            extended = {}
             if law:
-                far = [min(optima), max([*optima, *study["predict"].get(knob, ())])]
-                axis.plot(far, [2 ** (law[0] @ [math.log2(size), 1]) for size in far], "--",
-                          color=color[label])
+                extended = {size: extend(law, size) for size in study["predict"].get(knob, ())}
+                far = sorted([*optima, *extended])
+                axis.plot(far, [2 ** extend(law, size)[0] for size in far], "--", color=color[label])
+            for points, face in ((optima, color[label]), (extended, "none")):  # hollow: not run
+                values, errors = np.reshape([*points.values()], (-1, 2)).T
+                low, best, high = (2 ** (values + k * WITHIN_95 * errors) for k in (-1, 0, 1))
+                axis.errorbar([*points], best, [best - low, high - best], fmt="o", capsize=3,
+                              color=color[label], markerfacecolor=face,
+                              label=label if points is optima else None)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_yscale("log", base=2)

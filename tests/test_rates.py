@@ -70,9 +70,15 @@ def test_one_knob_changes_at_a_time(tmp_path):
              + make("b", known, sizes=(64,))
              + make("a", deep, knob="n_layer", sizes=(2, 8))
              + make("a", lambda size: math.log2(0.04), knob="n_layer", sizes=(2, 8), n_embd=32))
-    widths, depths, _ = rates.table(read(tmp_path, lines), STUDY).split("\n\n")
+    widths, losses, depths, *_ = rates.table(read(tmp_path, lines), STUDY).split("\n\n")
     cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
     assert [cells(line)[0] for line in widths.splitlines()[2:]] == ["a", "a_x"]
+    # 0.12 times the square of the distance to the nearest rate that ran
+    off = [abs(known(size) - math.log2(0.01) + 0.5) % 1 - 0.5 for size in SIZES]
+    head, _, a, a_x = map(cells, losses.splitlines())
+    assert head == ["lowest mean loss", "32", "64", "128"]
+    assert a == ["a", *(f"{3 + 0.12 * x**2:.4f}" for x in off)]
+    assert a_x == ["a_x", "3.0000", "3.0000", "3.0000"]
     head, _, a = map(cells, depths.splitlines())
     assert head == ["best rate at n_layer", "2", "4", "8", "power"]  # nothing to predict
     assert [float(cell.split()[0]) for cell in a[1:4]] == pytest.approx(

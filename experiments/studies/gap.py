@@ -1,7 +1,8 @@
 """What is left of the gap? NorMuon as horizon.py tuned it is ahead of the recommended configuration
 by 0.01 at 1x and 4x already. Here one knob of that configuration changes at a time, on the two
 tuning seeds and the tuning text, to 4x. Written before its runs but for matrix_rate_*, which keep
-the rate of embeddings and gains; it describes and carries no claim.
+the rate of embeddings and gains, and by_rule_*, the rates of width.py's rule, which has not seen
+this size; it describes and carries no claim.
 
 The same for AdamW at 16x, on one tuning seed: horizon.py's has three knobs at the edge of the space
 of settled.py, and here each goes beyond it. Last, on that seed too: does the best rate of the
@@ -32,6 +33,9 @@ changes = {
     "beta_power_0.4": dict(beta_power=0.4),
     "averaging_power_1": dict(averaging_power=1.0),
     "averaging_power_4": dict(averaging_power=4.0),
+    "by_rule_rms": dict(lr=0.008 * (64 / 48)**0.5, weight_decay=0.156, adam_lr=0.02,
+                        adam_weight_decay=0.072),
+    "by_rule_spectral": dict(step_norm="spectral", lr=0.02, **both(0.072)),
 }
 adamw = dict(go["optimizers"]["adamw_by_hand"], horizons=(16,), seeds=seeds[:1])
 beyond = {

@@ -41,8 +41,8 @@ methods = {
 }
 optimizers = {f"{name}_{width}": dict(knobs, n_embd=width, n_head=width // 16)
               for name, knobs in methods.items() for width in (32, 64, 128)}
-optimizers["anytime_apart_256"] = dict(methods["anytime_apart"], n_embd=256, n_head=16,
-                                       lr=[0.004, 0.008])
+for name, lr in (("anytime_apart", [0.004, 0.008]), ("anytime_spectral", wide)):
+    optimizers[f"{name}_256"] = dict(methods[name], n_embd=256, n_head=16, lr=lr)
 
 around = {  # one thing changes at width 64; with the batch, what is counted in steps changes too
     "layers2": dict(n_layer=2), "layers8": dict(n_layer=8), "length4": dict(horizons=(4,)),
