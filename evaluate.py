@@ -78,8 +78,8 @@ def load_tokenizer(meta: dict):
         tokenizer = get_tokenizer(meta["tokenizer"])
         if tokenizer.vocab_size <= meta["vocab_size"]:
             return tokenizer
-        say(f"(no text: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} words, the data's "
-            f"vocab_size is {meta['vocab_size']})")
+        say(f"(no text: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} words, "
+            f"the data's vocab_size is {meta['vocab_size']})")
     except Exception as e:  # tiktoken downloads, which can fail in any way
         say(f"(the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})")
 

@@ -48,8 +48,8 @@ class SFNorMuon(torch.optim.Optimizer):
     decay_at: "z"; "y" and "none" are the ablations of Fig. 2, normalize_rows=False that of Fig. 3.
     averaging_power: r, for c = tʳ η_t² / Σ iʳ η_i² (Schedule-Free, arXiv:2405.15682).
     beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p (AMUSE, arXiv:2605.22432, ρ).
-    step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), for
-        a rate that may carry over to other widths (spectral condition, arXiv:2310.17813).
+    step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), with
+        the same best η at widths 64, 128 and 256 (the spectral condition, arXiv:2310.17813).
 
     A parameter without a gradient is skipped, but its group's t advances: one that is unfrozen late
     steps up to 1 / √(1-β2) times too far at first if use_muon=False, so add it as a new group, with
@@ -151,7 +151,7 @@ class SFNorMuon(torch.optim.Optimizer):
         """For each matrix (m, n) that has taken a step (paper, Section 3 and Fig. 4): rho, RMS(z);
         alpha, cosine between P̂ and the z it was subtracted from; predicted, the λρ at which ‖z‖
         stands still with decay_at="z", ½ q (-α + √(α² + 2ηλ)) for steps of RMS q η (q = 0.2 by
-        default). Every process must call it.
+        default). Call it on every process, and before lr changes.
         """
         found = {}
         for group in (group for group in self.param_groups if group["use_muon"]):

@@ -300,8 +300,9 @@ def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         return print(__doc__ + "\n" + inspect.getsource(Config))
     cfg = parse(argv)
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1 or dist.is_torchelastic_launched():
         stop_with_parent(PARENT)
+    if WORLD_SIZE > 1:
         # gloo's exchanges take a detour that DTensor warns of
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
         backend = "nccl" if cfg.device.startswith("cuda") else "gloo"

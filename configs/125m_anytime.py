@@ -1,10 +1,11 @@
 # The recommended configuration (experiments/README.md) at 125M, where it has not been run.
-# The rate is a guess, a quarter of the paper's as at 0.07M: sweep it. 1 / (lr * weight_decay) is
-# the steps of 1x (20 tokens per parameter; 1.5 times as many at 0.07M) and the warm-up, from which
-# beta_power counts, a seventh of them, as there. Nothing depends on max_tokens.
-max_tokens = 20e9  # 8x
-lr = 0.002
-weight_decay = adam_weight_decay = 0.1
+# One rate for every width: 0.02 was best at widths 64, 128 and 256 (experiments/studies/width.py),
+# and 768 is three times as far. 1 / (lr * weight_decay) is the steps of 1x, and the warm-up, from
+# which beta_power counts, a seventh of them. Nothing depends on max_tokens.
+max_tokens = 20e9  # 8x, where 1x is 20 tokens per parameter, 4,716 steps
+step_norm = "spectral"
+lr = 0.02
+weight_decay = adam_weight_decay = 1 / (lr * 4716)
 warmup_steps = 700
 betas = 0.4, 0.95
 adam_betas = 0.4, 0.99

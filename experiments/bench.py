@@ -293,6 +293,9 @@ def main() -> None:
     add("--disk", help="folder in which checkpoints are written (loop)")
     args = parser.parse_args()
     args.layers = args.layers or (SIZES[args.size][0] if CUDA or args.what == "loop" else 2)
+    for name in ("layers", "tokens", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
     parts[args.what](args)
 
 

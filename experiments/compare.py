@@ -177,7 +177,7 @@ def results(name: str) -> Path:
 def with_others(study: dict, runs: list) -> list:
     """The headline may name rows of another study in the same setting, as study.row."""
     wanted = [name for name in study.get("headline", {}) if "." in name]
-    for other in {name.partition(".")[0] for name in wanted}:
+    for other in dict.fromkeys(name.partition(".")[0] for name in wanted):  # in a fixed order
         for run in read_study(results(other)):  # [] without one
             run.row = f"{other}.{run.row}"
             if run.row in wanted:

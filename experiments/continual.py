@@ -91,7 +91,9 @@ def run_all(results: dict) -> None:
             elif method == "anytime":  # one run, in a copy of the folder
                 out = runs / "anytime"
                 if not out.exists():
-                    shutil.copytree(first, out)
+                    copy = out.with_suffix(".tmp")  # else half a copy would start anew
+                    shutil.copytree(first, copy, dirs_exist_ok=True)
+                    copy.rename(out)
                 train_py(out, **knobs, data_dir=data, change_data=True, max_tokens=before + tokens)
             elif method in ("restart", "fresh"):
                 out, start = runs / method, runs / "anytime_0x/ckpt.pt"

@@ -85,7 +85,7 @@ def draw(space: dict, draws: int, seed) -> list[dict]:
 
 
 def choose(rates: list[float], score) -> float | None:
-    """The best rate of a grid that grows until it is not at the edge; None while a run is missing."""
+    """The best rate of a grid that grows until it is inside; None while a run is missing."""
     scores = {rate: score(rate) for rate in rates}
     while None not in scores.values():
         best = min(scores, key=scores.get)
@@ -163,9 +163,11 @@ class Plan:
 
 
 def check_same(study, run: dict, knobs: dict) -> None:
-    for key, value in json.loads(json.dumps({**DEFAULT, **knobs})).items():
+    knobs = json.loads(json.dumps({**DEFAULT, **knobs}))
+    for key, value in knobs.items():
         kept = run["config"].get(key, value)
         filled_in = key == "dtype" and not value
-        if key not in MAY_CHANGE and kept != value and not filled_in:
+        length = key == "max_tokens" and knobs["schedule"] != "constant"
+        if (key not in MAY_CHANGE or length) and kept != value and not filled_in:
             raise Refused(f"{study.file.relative_to(ROOT)}: {run['name']} has {key} {kept}, the "
                           f"study says {value}: rename the method or delete the line")

@@ -11,11 +11,11 @@ from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import t as student_t
 
 from figures import palette, panels
 from runs import Refused, markdown
 
-WITHIN_95 = 1.96  # standard errors
 DIVERGED = math.inf  # results hold ended runs: what stopped before its planned end diverged
 
 
@@ -31,8 +31,9 @@ def losses_by_rate(runs: list, study: dict, knob: str) -> dict[str, dict]:
     return {label: sizes for label, sizes in found.items() if len(sizes) > 1}
 
 
-def noise(runs: list) -> float:
-    """The standard deviation between seeds, pooled over all rates that train well."""
+def noise(runs: list) -> tuple[float, float]:
+    """The standard deviation between seeds, pooled over all rates that train well, and the standard
+    errors of a 95% interval that rests on it (Student's t)."""
     rows = defaultdict(lambda: defaultdict(list))
     for run in runs:
         rows[run.row][run.config["lr"]].append(run.loss(run.planned) or DIVERGED)
@@ -44,7 +45,8 @@ def noise(runs: list) -> float:
     freedom = sum(n for _, n in pooled)
     if not freedom:
         raise Refused("no rate of this study has ended with two seeds")
-    return math.sqrt(sum(v * n for v, n in pooled) / freedom)
+    sd = math.sqrt(sum(v * n for v, n in pooled) / freedom)
+    return sd, float(student_t.ppf(0.975, freedom))
 
 
 def optimum(rates: dict[float, list[float]], sd: float) -> tuple[float, float] | None:
@@ -64,12 +66,15 @@ def optimum(rates: dict[float, list[float]], sd: float) -> tuple[float, float] |
 
 
 def power_law(optima: dict[int, tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """log2 rate = p0 log2 size + p1: p and its covariance, each optimum weighted by its error."""
+    """log2 rate = p0 log2 size + p1: p and its covariance, each optimum weighted by its error.
+    Optima farther from the line than their errors explain widen it (chi² per degree of freedom)."""
     x = np.log2(list(optima))
     y, errors = np.array(list(optima.values())).T
     A = np.stack([x, np.ones_like(x)], axis=1) / errors[:, None]
     covariance = np.linalg.inv(A.T @ A)
-    return covariance @ A.T @ (y / errors), covariance
+    p = covariance @ A.T @ (y / errors)
+    misfit = np.sum((A @ p - y / errors) ** 2) / (len(y) - 2)
+    return p, covariance * max(1.0, misfit)
 
 
 def extend(law: tuple, size: int) -> tuple[float, float]:
@@ -78,26 +83,27 @@ def extend(law: tuple, size: int) -> tuple[float, float]:
     return a @ p, math.sqrt(a @ covariance @ a)
 
 
-def interval(value: float, error: float) -> str:
-    low, middle, high = (2 ** (value + k * WITHIN_95 * error) for k in (-1, 0, 1))
-    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+def interval(value: float, error: float, within_95: float) -> tuple[float, float, float]:
+    """The rate and the ends of its 95% interval, from log2 of the rate and its standard error."""
+    return tuple(2 ** (value + k * within_95 * error) for k in (0, -1, 1))
 
 
-def followed(runs: list, study: dict) -> tuple[dict, float]:
+def followed(runs: list, study: dict) -> tuple[dict, float, float]:
     """knob: label: (losses by rate, optima, power law or None), of the knobs that have changed; and
-    the standard deviation between seeds."""
-    sd, found = noise(runs), {}
+    `noise`. Two optima make no power law: nothing would show whether it holds."""
+    (sd, within_95), found = noise(runs), {}
     for knob in study["center"]:
         for label, sizes in losses_by_rate(runs, study, knob).items():
             optima = {size: best for size, rates in sorted(sizes.items())
                       if (best := optimum(rates, sd))}
-            law = power_law(optima) if len(optima) > 1 else None
+            law = power_law(optima) if len(optima) > 2 else None
             found.setdefault(knob, {})[label] = sizes, optima, law
-    return found, sd
+    return found, sd, within_95
 
 
 def table(runs: list, study: dict) -> str:
-    found, sd = followed(runs, study)
+    found, sd, within_95 = followed(runs, study)
+    show = lambda value, error: "{:.3g} [{:.3g}, {:.3g}]".format(*interval(value, error, within_95))
     parts = []
     for knob, labels in found.items():
         sizes = sorted({size for by_size, _, _ in labels.values() for size in by_size})
@@ -106,28 +112,28 @@ def table(runs: list, study: dict) -> str:
                   *(f"{size:,} (power law)" for size in predict)]
         lines = []
         for label, (_, optima, law) in labels.items():
-            cells = [interval(*optima[size]) if size in optima else "" for size in sizes]
+            cells = [show(*optima[size]) if size in optima else "" for size in sizes]
             if law:
                 p, covariance = law
-                cells.append(f"{p[0]:+.2f} ± {WITHIN_95 * math.sqrt(covariance[0, 0]):.2f}")
-                cells += [interval(*extend(law, size)) for size in predict]
+                cells.append(f"{p[0]:+.2f} ± {within_95 * math.sqrt(covariance[0, 0]):.2f}")
+                cells += [show(*extend(law, size)) for size in predict]
             else:
                 cells += [""] * (1 + len(predict))
             lines.append([label, *cells])
-        losses = [[label] + [f"{min(map(mean, by_size[size].values())):.4f}" if size in by_size
-                             else "" for size in sizes] for label, (by_size, _, _) in labels.items()]
+        losses = [[label, *(f"{min(map(mean, by_size[size].values())):.4f}" if size in by_size
+                            else "" for size in sizes)] for label, (by_size, *_) in labels.items()]
         parts += [markdown(header, lines) + "\n",
                   markdown(["lowest mean loss", *header[1:len(sizes) + 1]], losses) + "\n"]
     return "".join(parts) + (
         "The best rate is the vertex of the parabola through the best rate that ran and its "
-        "neighbors, with its 95% interval from the standard deviation between seeds, "
-        f"{sd:.4f}.\n")
+        f"neighbors. Its 95% interval comes from the standard deviation between seeds, {sd:.4f}; "
+        "that of a power law (three optima or more) is wider where they do not lie on a line.\n")
 
 
 def draw(runs: list, study: dict, prefix: str) -> None:
     """Writes <prefix>rates.svg, the losses over the rate, and <prefix>optimum.svg, the best rate
     over the size."""
-    found, _ = followed(runs, study)
+    found, _, within_95 = followed(runs, study)
     curves = [(knob, label) for knob in found for label in found[knob]]
     columns = min(4, len(curves))
     lines = math.ceil(len(curves) / columns)
@@ -157,11 +163,10 @@ def draw(runs: list, study: dict, prefix: str) -> None:
             extended = {}
             if law:
                 extended = {size: extend(law, size) for size in study["predict"].get(knob, ())}
-                far = sorted([*optima, *extended])
-                axis.plot(far, [2 ** extend(law, size)[0] for size in far], "--", color=color[label])
+                far = {size: 2 ** extend(law, size)[0] for size in sorted([*optima, *extended])}
+                axis.plot([*far], [*far.values()], "--", color=color[label])
             for points, face in ((optima, color[label]), (extended, "none")):  # hollow: not run
-                values, errors = np.reshape([*points.values()], (-1, 2)).T
-                low, best, high = (2 ** (values + k * WITHIN_95 * errors) for k in (-1, 0, 1))
+                best, low, high = interval(*np.reshape([*points.values()], (-1, 2)).T, within_95)
                 axis.errorbar([*points], best, [best - low, high - best], fmt="o", capsize=3,
                               color=color[label], markerfacecolor=face,
                               label=label if points is optima else None)

@@ -33,6 +33,7 @@ The same command goes on after any interruption.
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import re
@@ -51,7 +52,7 @@ from checkpoint import lock
 from plan import Plan, read_study
 from runs import Refused, Unreadable, read_log, read_results, write_results
 
-TRAIN_LINES = 32  # kept of each run
+TRAIN_LINES = 32  # of each run are kept, at most
 
 
 def keep(study, name: str) -> None:
@@ -61,7 +62,7 @@ def keep(study, name: str) -> None:
     train = [line for line in lines if "loss" in line]
     run = dict(name=name, config=json.loads((folder / "config.json").read_text()),
                evals=[line for line in lines if "val_loss" in line],
-               train=train[:: max(1, len(train) // TRAIN_LINES)], machine=machine())
+               train=train[:: math.ceil(len(train) / TRAIN_LINES) or 1], machine=machine())
     write_results(study.file, {**read_results(study.file), name: run})
 
 

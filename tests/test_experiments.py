@@ -381,7 +381,9 @@ def test_halving_and_rates_for_each_horizon(drawn_study):
     (("warmup_steps=9", "warmup_steps=8"), "warmup_steps"), (("warmup_steps=9,", ""), "warmup_st"),
     (("eval_tokens=64", "eval_tokens=32"), "eval_tokens"),
     (("eval_offset=64", "eval_offset=96"), "eval_offset"),
-    (('["cosine", "linear", "wsd"]', '["wsd", "cosine"]'), "schedule")])
+    (('["cosine", "linear", "wsd"]', '["wsd", "cosine"]'), "schedule"),
+    (("interval=4)\ntokens, horizons, seeds, tuning_seeds = 128",
+      "interval=2)\ntokens, horizons, seeds, tuning_seeds = 64"), "max_tokens")])
 def test_a_study_that_changed_is_refused(drawn_study, tmp_path, change, knob):
     study, end_all = drawn_study
     end_all(known_loss)

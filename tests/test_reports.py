@@ -271,6 +271,7 @@ def test_reports_on_nothing_are_one_line(tmp_path, monkeypatch, arguments, words
 def test_refusals_of_compare_and_bench_are_one_line(tmp_path):
     complaint(tmp_path, REPO / "experiments/compare.py", "--folow", ".", words="--folow")
     complaint(tmp_path, REPO / "experiments/bench.py", "steps", words="invalid choice: 'steps'")
+    complaint(tmp_path, REPO / "experiments/bench.py", "step", "--rounds=0", words="--rounds must")
 
 
 def test_the_report_ends_with_its_reader(tmp_path):

@@ -80,10 +80,10 @@ def test_kill(cwd, place, kills):
 
 
 @pytest.mark.parametrize("processes, kills", [
-    (2, 2), pytest.param(2, 20, marks=SOAK), pytest.param(3, 20, marks=SOAK)])
+    (1, 1), (2, 2), pytest.param(2, 20, marks=SOAK), pytest.param(3, 20, marks=SOAK)])
 def test_kill_torchrun(cwd, place, processes, kills):
-    """The same on several, of which torchrun is killed first (its orphans end within 5 seconds) and
-    then a worker."""
+    """The same under torchrun, with one process or several: torchrun is killed first (its orphans
+    end within 5 seconds) and then a worker."""
     long = LONG | {"max_tokens": 30 * kills * BATCH}
     seed = random.randrange(10**6)
     print("seed", seed)

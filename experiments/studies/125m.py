@@ -22,13 +22,19 @@ adamw = dict(optimizer="adamw", betas=(0.9, 0.95), weight_decay=0.1, adam_weight
 normuon = dict(optimizer="normuon", momentum=0.95, adam_betas=(0.9, 0.95),
                lr=[0.002, 0.004, 0.008])
 sf_normuon = dict(optimizer="sf_normuon", lr=[0.004, 0.008, 0.016])
-recommended = runpy.run_path(str(Path(__file__).with_name("hindsight.py")))["recommended"]
+hindsight = runpy.run_path(str(Path(__file__).with_name("hindsight.py")))
+
+
+def recommended(steps):  # of 1x; its rate is the same at every width (width.py)
+    decay = lambda lr: 1 / (lr * steps)
+    return dict(hindsight["recommended"], step_norm="spectral", lr=[0.01, 0.02, 0.04],
+                weight_decay=decay, adam_weight_decay=decay, warmup_steps=steps // 7)
+
 
 optimizers = {
     "adamw_cosine": dict(adamw, schedule="cosine"),
     "sf_normuon": sf_normuon,
-    "recommended": dict(recommended, warmup_steps=700, weight_decay=0.1, adam_weight_decay=0.1,
-                        lr=[0.001, 0.002, 0.004]),
+    "recommended": recommended(4716),
     "sf_adamw": dict(optimizer="sf_adamw", betas=(0.95, 0.99), lr=[0.0015, 0.003, 0.006]),
     "normuon_cosine": dict(normuon, schedule="cosine"),
 }

@@ -12,4 +12,4 @@ base = dict(study["base"], n_layer=36, n_head=20, n_embd=1280, total_batch_token
 tokens = 14728 * 1_048_576  # 1x: 20 for each of the 772M parameters
 horizons, seeds = study["horizons"], (0,)
 tuning_seeds, tuning = study["tuning_seeds"], study["tuning"]
-optimizers = study["optimizers"]
+optimizers = study["optimizers"] | {"recommended": study["recommended"](14728)}

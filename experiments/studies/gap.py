@@ -45,7 +45,7 @@ beyond = {
 }
 long = dict(recommended, horizons=(1, 4, 16), seeds=seeds[:1])
 rates = {
-    "to_16x": {},
+    "to_16x_rate_x1": {},
     "to_16x_rate_half": dict(lr=0.016, **both(0.06)),
     "to_16x_rate_x2": dict(lr=0.064, **both(0.015)),
 }
