@@ -2,7 +2,8 @@
 which one knob of size changes at a time. It declares
 
     center     {knob: its value while another one changes}: n_embd, n_layer, max_tokens, ...
-    predict    {knob: sizes that the power law is extended to}
+    law_from   {knob: the smallest size that the power law is fitted to}
+    predict    {knob: sizes that it is extended to}
     methods    {label: ...}; the rows are named <label>_...
 """
 import math
@@ -96,7 +97,9 @@ def followed(runs: list, study: dict) -> tuple[dict, float, float]:
         for label, sizes in losses_by_rate(runs, study, knob).items():
             optima = {size: best for size, rates in sorted(sizes.items())
                       if (best := optimum(rates, sd))}
-            law = power_law(optima) if len(optima) > 2 else None
+            fitted = {size: best for size, best in optima.items()
+                      if size >= study["law_from"].get(knob, 0)}
+            law = power_law(fitted) if len(fitted) > 2 else None
             found.setdefault(knob, {})[label] = sizes, optima, law
     return found, sd, within_95
 
@@ -124,10 +127,11 @@ def table(runs: list, study: dict) -> str:
                             else "" for size in sizes)] for label, (by_size, *_) in labels.items()]
         parts += [markdown(header, lines) + "\n",
                   markdown(["lowest mean loss", *header[1:len(sizes) + 1]], losses) + "\n"]
+    since = "".join(f", {knob} from {size}" for knob, size in study["law_from"].items())
     return "".join(parts) + (
         "The best rate is the vertex of the parabola through the best rate that ran and its "
         f"neighbors. Its 95% interval comes from the standard deviation between seeds, {sd:.4f}; "
-        "that of a power law (three optima or more) is wider where they do not lie on a line.\n")
+        f"that of a power law (three optima or more{since}) is wider where they lie off the line.\n")
 
 
 def draw(runs: list, study: dict, prefix: str) -> None:
@@ -163,7 +167,8 @@ def draw(runs: list, study: dict, prefix: str) -> None:
             extended = {}
             if law:
                 extended = {size: extend(law, size) for size in study["predict"].get(knob, ())}
-                far = {size: 2 ** extend(law, size)[0] for size in sorted([*optima, *extended])}
+                far = {size: 2 ** extend(law, size)[0] for size in sorted([*optima, *extended])
+                       if size >= study["law_from"].get(knob, 0)}
                 axis.plot([*far], [*far.values()], "--", color=color[label])
             for points, face in ((optima, color[label]), (extended, "none")):  # hollow: not run
                 best, low, high = interval(*np.reshape([*points.values()], (-1, 2)).T, within_95)

@@ -13,7 +13,7 @@ from test_reports import a_run, save
 rates, runs = map(importlib.import_module, ("rates", "runs"))
 SIZES, GRID = (32, 64, 128), [0.01 * 2.0**k for k in range(-2, 3)]
 STUDY = dict(center=dict(n_embd=64, n_layer=4), methods=dict(a={}, b={}, a_x={}),
-             predict=dict(n_embd=(512,)))
+             law_from=dict(n_layer=2), predict=dict(n_embd=(512,)))
 
 
 def known(size):
@@ -76,11 +76,11 @@ def test_one_knob_changes_at_a_time(tmp_path):
     """A run is in the table of a knob if every other one has its central value; the center is in
     all of them, and a label that begins like another is not taken for it."""
     noise = iter([0.003, -0.003] * 1000)
-    deep = lambda layers: math.log2(0.012) + 0.5 * math.log2(layers / 4)
+    deep = lambda layers: math.log2(0.012) + (0.5 * math.log2(layers / 4) if layers > 1 else 0.5)
     make = lambda label, best, **more: tuning_runs(label, best, lambda: next(noise), **more)
     lines = (make("a", known) + make("a_x", lambda size: math.log2(0.02))
              + make("b", known, sizes=(64,))
-             + make("a", deep, knob="n_layer", sizes=(2, 8))
+             + make("a", deep, knob="n_layer", sizes=(1, 2, 8))
              + make("a", lambda size: math.log2(0.04), knob="n_layer", sizes=(2, 8), n_embd=32))
     widths, losses, depths, *_ = rates.table(read(tmp_path, lines), STUDY).split("\n\n")
     cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
@@ -92,10 +92,10 @@ def test_one_knob_changes_at_a_time(tmp_path):
     assert a == ["a", *(f"{3 + 0.12 * x**2:.4f}" for x in off)]
     assert a_x == ["a_x", "3.0000", "3.0000", "3.0000"]
     head, _, a = map(cells, depths.splitlines())
-    assert head == ["best rate at n_layer", "2", "4", "8", "power"]  # nothing to predict
-    assert [float(cell.split()[0]) for cell in a[1:4]] == pytest.approx(
-        [2 ** deep(layers) for layers in (2, 4, 8)], rel=0.006)
-    assert a[0] == "a" and a[4].startswith("+0.50 ± ")
+    assert head == ["best rate at n_layer", "1", "2", "4", "8", "power"]  # nothing to predict
+    assert [float(cell.split()[0]) for cell in a[1:5]] == pytest.approx(
+        [2 ** deep(layers) for layers in (1, 2, 4, 8)], rel=0.006)
+    assert a[0] == "a" and a[5].startswith("+0.50 ± ")  # of 2 layers and more
 
 
 def test_a_rate_at_which_a_seed_diverges_is_no_neighbor_of_an_optimum(tmp_path):
