@@ -167,6 +167,7 @@ def check_same(study, run: dict, knobs: dict) -> None:
     for key, value in knobs.items():
         kept = run["config"].get(key, value)
         filled_in = key == "dtype" and not value
+        # a longer schedule is in its middle here
         length = key == "max_tokens" and knobs["schedule"] != "constant"
         if (key not in MAY_CHANGE or length) and kept != value and not filled_in:
             raise Refused(f"{study.file.relative_to(ROOT)}: {run['name']} has {key} {kept}, the "
