@@ -21,9 +21,9 @@ class NorMuon(torch.optim.Optimizer):
         v ← β2 v + (1-β2) rowmean(P²),  P̂ = P / (√v + ε)
         p ← (1 - η λ) p - 0.2 η √(mn) / ‖P̂‖_F · P̂
 
-    Groups with use_muon=False take AdamW's step. normalize_rows=False: Muon, its step of RMS 0.2 η.
-    Parameters, groups, step_norm and errors as for `SFNorMuon`; no train() and eval(), no warm-up
-    of its own.
+    Groups with use_muon=False take AdamW's step, and only they use β1. normalize_rows=False: Muon,
+    its step of RMS 0.2 η. Parameters, groups, step_norm and errors as for `SFNorMuon`; no train()
+    and eval(), no warm-up of its own.
     """
 
     def __init__(self, params, lr=0.008, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.05,
@@ -319,7 +319,7 @@ def annealed_beta(group):
     if not group["beta_anneal_steps"]:
         return group["sf_beta"]
     start, progress = 1 - group["sf_beta"], min(1.0, group["step"] / group["beta_anneal_steps"])
-    return 1 - start * (0.035 / start) ** progress
+    return 1 - start * (0.035 / start) ** progress  # to β = 0.965
 
 
 def check_state(optimizer, state, name, without=None):

@@ -221,7 +221,7 @@ def linear_cross_entropy(x: Tensor, W: Tensor, targets: Tensor, softmax_) -> Ten
                 # Before softmax_ overwrites z. Inside it, torch 2.11's compiler reads too late.
                 at_target = z.gather(1, target)
                 losses.append(softmax_(z, share) - at_target)
-                if training:  # inside softmax_ the compiler would copy the logits for this
+                if training:  # softmax - 1; inside softmax_ the compiler would copy the logits
                     z.scatter_(1, target, ((-losses[-1]).expm1() * share).to(z.dtype))
             if training:  # the logits now hold their gradients
                 dxs.copy_(logits @ W)

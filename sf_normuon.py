@@ -18,9 +18,9 @@ the model you deploy; y, between them, is where gradients are taken. A hidden we
 
 from x = y = z, M = 0 and v = 0. There is no bias correction, since polar(M) and P̂ / ‖P̂‖_F do not
 change with a common factor. Every other parameter (embeddings, output head, gains) takes AdamW's
-step without the first moment, in whose place y stands: v ← β2 v + (1-β2) g⊙g, then the last lines
-with u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and x while
-evaluating; the state holds z. test_optim.py opens with the same as an executable reference.
+step without the first moment (taking gradients at y does its part): v ← β2 v + (1-β2) g⊙g, then the
+last lines with u = η_t λ z + η_t g / (√(v / (1-β2ᵗ)) + ε). The parameter holds y while training and
+x while evaluating; the state holds z. test_optim.py opens with the same as an executable reference.
 """
 import functools
 import math
@@ -48,8 +48,8 @@ class SFNorMuon(torch.optim.Optimizer):
     decay_at: "z"; "y" and "none" are the ablations of Fig. 2, normalize_rows=False that of Fig. 3.
     averaging_power: r, for c = tʳ η_t² / Σ iʳ η_i² (Schedule-Free, arXiv:2405.15682).
     beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p (AMUSE, arXiv:2605.22432, ρ).
-    step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), with
-        the same best η at widths 64, 128 and 256 (the spectral condition, arXiv:2310.17813).
+    step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), whose
+        best η hardly changes with the width (the spectral condition, arXiv:2310.17813).
 
     A parameter without a gradient is skipped, but its group's t advances: one that is unfrozen late
     steps up to 1 / √(1-β2) times too far at first if use_muon=False, so add it as a new group, with
@@ -162,7 +162,7 @@ class SFNorMuon(torch.optim.Optimizer):
                 v = [local(self.state[p]["row_second_moment"]) for p in bucket]
                 for p, D in zip(bucket, normuon_directions(M, v, bucket[0], group, beta2=1)):
                     z = local(self.state[p]["z"])
-                    last = z + eta * D  # the z before this step, but for the factor 1 - ηλ
+                    last = z + eta * D  # the z before this step, but for its decay
                     pairs = (z, z), (last, last), (D, D), (last, D)
                     sums = torch.stack([(a * b).sum() for a, b in pairs])
                     zz, ll, DD, lD = (over_processes(sums, p) / p.numel()).tolist()

@@ -16,8 +16,9 @@ from torch import nn
 
 import sf_normuon
 from model import GPT, GPTConfig
-from optimizers import (BF16, F32, F64, FAST, GROUPS, KNOBS, MATRICES, MISSING, OVERRIDES, SHAPES,
-                        close, draw, make, randn, step)
+from optimizers import (  # tests/optimizers.py
+    BF16, F32, F64, FAST, GROUPS, KNOBS, MATRICES, MISSING, OVERRIDES, SHAPES, close, draw, make,
+    randn, step)
 from sf_normuon import SFNorMuon, newton_schulz, param_groups
 
 # ---- Algorithm 1: one step makes a new w = (x, y, z, M, v) of the old one
@@ -40,7 +41,7 @@ def polar(M, ns_steps=5):
 
 
 def coefficients(group):
-    """η_t, c and β1 of the next step of a group, which counts the steps t and sums up s."""
+    """Counts t and sums up s in the group; returns η_t, c and β1 of this step."""
     beta1, T_warmup = group["betas"][0], max(1, group["warmup_steps"])
     t = group["t"] = group.get("t", 0) + 1
     eta = group["lr"] * min(1, t / T_warmup)
@@ -60,7 +61,8 @@ def matrix_step(w, g, eta, c, beta1, group):
     m, n = g.shape
     M = mu * w.M + (1 - mu) * g
     P = polar(M, group["ns_steps"])
-    v = beta2 * w.v[:, :1] + (1 - beta2) * (P * P).mean(dim=1, keepdim=True)  # (m, 1)
+    v = w.v[:, :1]  # one entry per row, (m, 1); start() does not know a matrix
+    v = beta2 * v + (1 - beta2) * (P * P).mean(dim=1, keepdim=True)
     P_hat = P / (v.sqrt() + eps) if group["normalize_rows"] else P  # False: the ablation of Fig. 3
     decayed = {"z": w.z, "y": w.y, "none": 0}[group["decay_at"]]  # "y" and "none": those of Fig. 2
     length = 0.2 * math.sqrt(m * n)  # so that P̂ has an RMS of 0.2

@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 
 PARENT = os.getppid()  # before the slow imports, during which torchrun may be killed
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's idle threads spin: 20 times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spinning threads slow a busy CPU down 20 times
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop: Ctrl-C just ends the process
 
@@ -298,6 +298,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
 
 def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
         return print(__doc__ + "\n" + inspect.getsource(Config))
     cfg = parse(argv)
     if WORLD_SIZE > 1 or dist.is_torchelastic_launched():

@@ -8,7 +8,7 @@ max_tokens = 123e9  # 8x, where 1x is 14,728 steps
 step_norm = "spectral"
 lr = 0.02
 weight_decay = adam_weight_decay = 1 / (lr * 14728)
-warmup_steps = 2100
+warmup_steps = 14728 // 7
 betas = 0.4, 0.95
 adam_betas = 0.4, 0.99
 momentum = 0.9

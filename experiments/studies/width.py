@@ -4,7 +4,9 @@ of a given spectral norm, both with a rate of 0.02 for embeddings and gains (apa
 method, NorMuon and AdamW with one rate for all parameters.
 
 Runs that choose a rate are named tune_; those of adam_ change only that of embeddings and gains.
-Decay times rate stays one over the steps of 1x (the paper's method keeps its decay of 0.05).
+Decay times rate stays one over 1,000 steps (the paper's method keeps its decay of 0.05). rule_ is
+what came out, at width 128 to 4,000 steps, its 20 tokens per parameter: one rate for everything,
+decay and warm-up by these steps.
 Validation is of 1M bytes: on 262,144, which the first 26 runs used, the noise is twice as large.
 Their models were read again from the checkpoints. Seed 2 of anytime_apart_64 and a few rates beyond
 the grids stem from that time. Given up after two runs each, given_up_ in the log: the recommended
@@ -57,3 +59,9 @@ for width, lr in ((32, 0.032), (64, 0.008), (128, 0.008)):
         optimizers[f"adam_{adam_lr}_{width}"] = dict(
             methods["anytime_apart"], n_embd=width, n_head=width // 16, lr=lr, adam_lr=adam_lr,
             adam_weight_decay=per_step(adam_lr), seeds=(10,))
+
+for lr in (0.01, 0.02, 0.04):
+    decay = 1 / (lr * 4000)
+    optimizers[f"rule_{lr}_128"] = dict(
+        anytime, step_norm="spectral", n_embd=128, n_head=8, lr=lr, weight_decay=decay,
+        adam_weight_decay=decay, warmup_steps=4000 // 7, horizons=(4,), seeds=(10,))
