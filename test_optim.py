@@ -454,6 +454,6 @@ def test_readme_lines_for_your_own_loop(monkeypatch):
     assert not names["opt"].param_groups[0]["train_mode"]
     with pytest.raises(RuntimeError, match="train"):
         names["opt"].step()
-    exec(re.search(r"```python\n(opt = .*?)```", readme, re.DOTALL)[1], names)  # recommended
+    exec(re.search(r"```python\n(steps = .*?)```", readme, re.DOTALL)[1], names)  # recommended
     names["opt"].step()
     assert names["opt"].param_groups[1]["beta_power"] == 0.3
