@@ -98,6 +98,7 @@ def arguments():
 def main():
     args = arguments()
     try:
+        torch.empty(0, device=args.device)  # a generator takes the number of a missing card
         generator = torch.Generator(args.device).manual_seed(args.seed)
     except RuntimeError:
         fail(f"--device {args.device}: torch has no such device here")

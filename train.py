@@ -254,6 +254,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
                 group["lr"] = lr * factor
         optimizer.step(lambda: loss)  # only schedulefree_plus asks for the loss
         model.zero_grad()
+        del grads  # or they would stay until the next step's are whole
 
         # log; the first step compiles, so the second counts twice and the first not at all
         seconds = time.perf_counter() - clock
@@ -289,7 +290,7 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
             return bar.close()
         if averages:
             optimizer.train()
-        if now.step == first_step or evaluating:  # garbage is never collected inside a step
+        if now.step == first_step or evaluating or saving:  # garbage is never collected in a step
             gc.collect()
             gc.freeze()
             gc.disable()

@@ -131,9 +131,9 @@ def pretend(torch):
         module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
         module.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
 
-    class Generator(torch.Generator):
+    class Generator(torch.Generator):  # which takes the number of a card that is not there
         def __new__(cls, device="cpu"):
-            return super().__new__(cls, on_cpu(device))
+            return super().__new__(cls, "cpu" if "cuda" in str(device) else device)
 
     torch.Generator = Generator
     begin = torch.autocast.__init__

@@ -101,6 +101,38 @@ def test_nothing_is_compiled_after_the_first_steps(cwd):
             and graphs[3:] == [graphs[3]] * 5)  # evaluated after step 3
 
 
+KEPT = """
+import weakref
+import evaluate, train
+from sf_normuon import local
+old, build, get_batch = [], train.build_optimizer, train.get_batch
+
+def build_optimizer(cfg, model):
+    optimizer = build(cfg, model)
+    step = optimizer.step
+    def watched(closure):
+        old[:] = [weakref.ref(local(p.grad).untyped_storage()) for p in model.parameters()]
+        return step(closure)
+    optimizer.step = watched
+    return optimizer
+
+def counted(*arguments):
+    print("kept", sum(gradient() is not None for gradient in old), flush=True)
+    return get_batch(*arguments)
+
+train.build_optimizer, train.get_batch = build_optimizer, counted
+train.run(train.main, sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_keeps_no_gradients_of_the_last_one(cwd, processes):
+    command = torchrun(2) if processes == 2 else [sys.executable]
+    run = Run(cwd, command=[*command, driver(cwd, KEPT)], max_tokens=3 * BATCH).wait()
+    batches = re.findall(r"kept (\d+)", run.out)
+    assert len(batches) >= 6 and set(batches) == {"0"}, batches
+
+
 CARDS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
          "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989e12,
          "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12, "NVIDIA A100-SXM4-80GB": 312e12,
