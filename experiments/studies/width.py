@@ -42,7 +42,8 @@ methods = {
 }
 optimizers = {f"{name}_{width}": dict(knobs, n_embd=width, n_head=width // 16)
               for name, knobs in methods.items() for width in (32, 64, 128)}
-for name, lr in (("anytime_apart", [0.004, 0.008]), ("anytime_spectral", wide)):
+for name, lr in (("anytime_apart", [0.004, 0.008]), ("anytime_spectral", wide),
+                 ("paper", [0.016, 0.032]), ("normuon", [0.004, 0.008]), ("adamw", [0.004, 0.008])):
     optimizers[f"{name}_256"] = dict(methods[name], n_embd=256, n_head=16, lr=lr)
 
 around = {  # one thing changes at width 64; with the batch, what is counted in steps changes too
