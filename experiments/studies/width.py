@@ -52,6 +52,7 @@ around = {  # one thing changes at width 64; with the batch, what is counted in 
                       weight_decay=lambda lr: per_step(lr) / 4, adam_weight_decay=0.0125),
     "batch16384": dict(total_batch_tokens=16384, eval_interval=250, warmup_steps=25,
                        weight_decay=lambda lr: per_step(lr) * 4, adam_weight_decay=0.2),
+    "batch16384_length4": dict(total_batch_tokens=16384, horizons=(4,), lr=rms),  # 1,000 steps
 }
 optimizers |= {f"anytime_apart_{name}": {**optimizers["anytime_apart_64"], "lr": [0.004, 0.008],
                                          **knobs} for name, knobs in around.items()}
