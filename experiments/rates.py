@@ -1,7 +1,7 @@
 """The best rate, and how it moves with the size: tables and figures of a study of tuning runs in
 which one knob of size changes at a time. It declares
 
-    center     {knob: its value while another one changes}: n_embd, n_layer, max_tokens, ...
+    center     {knob: its value while another one changes}: n_embd, n_layer, ..., or steps
     law_from   {knob: the smallest size that the power law is fitted to}
     predict    {knob: sizes that it is extended to}
     methods    {label: ...}; the rows are named <label>_...
@@ -26,8 +26,9 @@ def losses_by_rate(runs: list, study: dict, knob: str) -> dict[str, dict]:
     others = {key: value for key, value in study["center"].items() if key != knob}
     for run in runs:
         labels = [label for label in found if run.row.startswith(f"{label}_")]
-        if labels and all(run.config[key] == value for key, value in others.items()):
-            rates = found[max(labels, key=len)][run.config[knob]]
+        size = {**run.config, "steps": run.planned // run.config["total_batch_tokens"]}
+        if labels and all(size[key] == value for key, value in others.items()):
+            rates = found[max(labels, key=len)][size[knob]]
             rates[run.config["lr"]].append(run.loss(run.planned) or DIVERGED)
     return {label: sizes for label, sizes in found.items() if len(sizes) > 1}
 

@@ -98,6 +98,23 @@ def test_one_knob_changes_at_a_time(tmp_path):
     assert a[0] == "a" and a[5].startswith("+0.50 ± ")  # of 2 layers and more
 
 
+def test_batches_compare_at_equal_steps(tmp_path):
+    """Half of the batch for 10 steps stands beside the center; for its 10,000 tokens it does not."""
+    noise, lines = iter([0.003, -0.003] * 1000), []
+    for batch, steps, best in ((1000, 10, 0.01), (500, 10, 0.015), (500, 20, 0.02)):
+        made = tuning_runs("a", lambda size: math.log2(best), lambda: next(noise), sizes=(64,))
+        for line in made:
+            line["name"] = line["name"].replace("a_", f"a_{batch}_{steps}_")
+            line["config"] |= dict(total_batch_tokens=batch, max_tokens=batch * steps)
+            line["evals"] = [dict(line["evals"][-1], step=steps, tokens=batch * steps)]
+        lines += made
+    study = STUDY | dict(center=dict(total_batch_tokens=1000, steps=10))
+    table = rates.table(read(tmp_path, lines), study).splitlines()
+    assert table[0].startswith("| best rate at total_batch_tokens | 500 | 1,000 | power |")
+    assert [float(cell.split()[0]) for cell in table[2].split("|")[2:4]] == [0.015, 0.01]
+    assert not any("steps" in line for line in table)  # at 1,000 tokens a step all have 10
+
+
 def test_a_rate_at_which_a_seed_diverges_is_no_neighbor_of_an_optimum(tmp_path):
     noise = iter([0.003, -0.003] * 15)
     lines = tuning_runs("a", known, lambda: next(noise))

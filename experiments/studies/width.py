@@ -30,7 +30,7 @@ apart = dict(adam_lr=0.02, weight_decay=per_step, adam_weight_decay=0.05)
 anytime = dict(optimizer="sf_normuon", decay_at="y", betas=(0.4, 0.95), adam_betas=(0.4, 0.99),
                momentum=0.9, averaging_power=2.0, beta_power=0.3)
 normuon = dict(optimizer="normuon", schedule="linear", momentum=0.95, adam_betas=(0.9, 0.95))
-center = dict(n_embd=64, n_layer=4, total_batch_tokens=4096, max_tokens=tokens)
+center = dict(n_embd=64, n_layer=4, total_batch_tokens=4096, steps=1000)
 law_from = dict(n_embd=64)  # chosen after the runs: 32 lies far above the line of the others
 predict = dict(n_embd=(768, 1280), n_layer=(12, 36))
 methods = {
@@ -46,13 +46,15 @@ for name, lr in (("anytime_apart", [0.004, 0.008]), ("anytime_spectral", wide),
                  ("paper", [0.016, 0.032]), ("normuon", [0.004, 0.008]), ("adamw", [0.004, 0.008])):
     optimizers[f"{name}_256"] = dict(methods[name], n_embd=256, n_head=16, lr=lr)
 
-around = {  # one thing changes at width 64; with the batch, what is counted in steps changes too
+around = {  # one thing changes at width 64
     "layers2": dict(n_layer=2), "layers8": dict(n_layer=8), "length4": dict(horizons=(4,)),
+    "steps1000_batch1024": dict(total_batch_tokens=1024, batch_size=32, horizons=(0.25,)),
+    "steps1000_batch16384": dict(total_batch_tokens=16384, horizons=(4,), lr=rms),
+    # the same tokens: what is counted in steps changes too
     "batch1024": dict(total_batch_tokens=1024, batch_size=32, eval_interval=4000, warmup_steps=400,
                       weight_decay=lambda lr: per_step(lr) / 4, adam_weight_decay=0.0125),
     "batch16384": dict(total_batch_tokens=16384, eval_interval=250, warmup_steps=25,
                        weight_decay=lambda lr: per_step(lr) * 4, adam_weight_decay=0.2),
-    "batch16384_length4": dict(total_batch_tokens=16384, horizons=(4,), lr=rms),  # 1,000 steps
 }
 optimizers |= {f"anytime_apart_{name}": {**optimizers["anytime_apart_64"], "lr": [0.004, 0.008],
                                          **knobs} for name, knobs in around.items()}
