@@ -182,5 +182,7 @@ def draw(runs: list, study: dict, prefix: str) -> None:
         axis.yaxis.set_major_formatter("{x:.2g}")
         axis.set(xlabel=knob, ylabel="best rate")
         axis.legend()
+    low, high = zip(*(axis.get_ylim() for axis in axes))
+    plt.setp(axes, ylim=(min(low), max(high)))  # a distance is the same factor in all
     figure.savefig(f"{prefix}optimum.svg", metadata={"Date": None})
     plt.close(figure)
