@@ -69,3 +69,4 @@ for lr in (0.01, 0.02, 0.04):
     optimizers[f"rule_{lr}_128"] = dict(
         anytime, step_norm="spectral", n_embd=128, n_head=8, lr=lr, weight_decay=decay,
         adam_weight_decay=decay, warmup_steps=4000 // 7, horizons=(4,), seeds=(10,))
+optimizers["rule_warmup100_128"] = dict(optimizers["rule_0.02_128"], warmup_steps=100)
