@@ -115,31 +115,14 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.exchanging = [], False
-
-    def __enter__(self):
-        self.original = placement_types.shard_dim_alltoall
-        placement_types.shard_dim_alltoall = self.all_to_all
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        placement_types.shard_dim_alltoall = self.original
-        return super().__exit__(*error)
-
-    def all_to_all(self, tensor, gather_dim, shard_dim, mesh, mesh_dim):
-        self.calls.append(("all_to_all", mesh.get_group(mesh_dim).group_name, tensor.numel()))
-        self.exchanging = True
-        out = self.original(tensor, gather_dim, shard_dim, mesh, mesh_dim)
-        self.exchanging = False
-        return out
+        self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # until it is an operation of this process
         namespace, _, name = func.name().partition("::")
-        collective = "c10d" in namespace and isinstance(args[-1], str)  # the name of its group
-        if collective and not self.exchanging:
-            self.calls.append((name, args[-1], args[0].numel()))
+        if namespace == "_dtensor" or "c10d" in namespace and isinstance(args[-1], str):
+            self.calls.append((name, args[-1], args[0].numel()))  # the last one names the group
         return func(*args, **(kwargs or {}))
 
 
@@ -149,7 +132,7 @@ def a_step_exchanges_and_gathers_nothing(mesh):
     replicas, shards = mesh.shape if mesh.ndim == 2 else (1, mesh.size())
     names = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
     shapes = {(8, 6): 5, (5, 9): 2, (1, 4): 1, (2, 7): 1, (7, 3): 1}  # and how many there are
-    exchanges = {("all_to_all", names[-1]): 2 * len(shapes)}
+    exchanges = {("shard_dim_alltoall", names[-1]): 2 * len(shapes)}
     if replicas > 1:
         exchanges["all_gather_into_tensor", names[0]] = len(shapes)
     norms = {("all_reduce", names[-1]): len(shapes)}
@@ -169,7 +152,7 @@ def a_step_exchanges_and_gathers_nothing(mesh):
         padded = lambda number, parts: math.ceil(number / parts) * parts
         most = sum(padded(math.ceil(B / replicas), shards) * padded(m, shards) * n // shards
                    for (m, n), B in shapes.items())
-        sent = sum(size for name, _, size in seen.calls if name == "all_to_all")
+        sent = sum(size for name, _, size in seen.calls if name == "shard_dim_alltoall")
         assert sent <= 2 * most, (sent, most)
         assert all(size <= 5 for name, _, size in seen.calls if name == "all_reduce")
 

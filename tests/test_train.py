@@ -103,7 +103,7 @@ def test_nothing_is_compiled_after_the_first_steps(cwd):
 
 KEPT = """
 import weakref
-import evaluate, train
+import train
 from sf_normuon import local
 old, build, get_batch = [], train.build_optimizer, train.get_batch
 

@@ -5,8 +5,7 @@ prepare_fineweb.py --shards 205.
     python experiments/sweep.py experiments/studies/125m.py --nproc_per_node=8
 
 This has not been run: the grids and everything else that is not the paper's are this repository's
-choices. The schedules fall linearly to zero, which at 0.07M did better than a cosine in every
-search (settled.py).
+choices. The schedules fall linearly to zero: at 0.07M linear or WSD won every search (settled.py).
 """
 import runpy
 from pathlib import Path

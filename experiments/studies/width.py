@@ -65,7 +65,7 @@ for width, lr in ((32, 0.032), (64, 0.008), (128, 0.008)):
             adam_weight_decay=per_step(adam_lr), seeds=(10,))
 
 for lr in (0.01, 0.02, 0.04):
-    decay = 1 / (lr * 4000)
+    decay = per_step(lr) / 4
     optimizers[f"rule_{lr}_128"] = dict(
         anytime, step_norm="spectral", n_embd=128, n_head=8, lr=lr, weight_decay=decay,
         adam_weight_decay=decay, warmup_steps=4000 // 7, horizons=(4,), seeds=(10,))
