@@ -8,7 +8,6 @@ which one knob of size changes at a time. It declares
 """
 import math
 from collections import defaultdict
-from statistics import mean, variance
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,50 +20,73 @@ DIVERGED = math.inf  # results hold ended runs: what stopped before its planned 
 
 
 def losses_by_rate(runs: list, study: dict, knob: str) -> dict[str, dict]:
-    """label: size: rate: the losses of the seeds at the end, for labels with two sizes or more."""
-    found = {label: defaultdict(lambda: defaultdict(list)) for label in study["methods"]}
+    """label: size: rate: seed: the loss at the end, for labels with two sizes or more."""
+    found = {label: defaultdict(lambda: defaultdict(dict)) for label in study["methods"]}
     others = {key: value for key, value in study["center"].items() if key != knob}
     for run in runs:
         labels = [label for label in found if run.row.startswith(f"{label}_")]
         size = {**run.config, "steps": run.planned // run.config["total_batch_tokens"]}
         if labels and all(size[key] == value for key, value in others.items()):
             rates = found[max(labels, key=len)][size[knob]]
-            rates[run.config["lr"]].append(run.loss(run.planned) or DIVERGED)
+            rates[run.config["lr"]][run.config["seed"]] = run.loss(run.planned) or DIVERGED
     return {label: sizes for label, sizes in found.items() if len(sizes) > 1}
 
 
+def fit(rates: dict[float, dict[int, float]]) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Least squares of loss = mean of the rate + shift of the seed, from rate: seed: loss (two-way
+    analysis of variance). A seed draws the first weights and the batches of every rate, so its
+    shift says nothing about the rates, and a seed that is missing at one must not move its mean.
+
+    Returns the means by ascending rate (infinite where a seed diverged), their covariance for noise
+    of variance 1, the sum of the squared residuals and its degrees of freedom."""
+    order = sorted(rates)
+    whole = [i for i, rate in enumerate(order) if DIVERGED not in rates[rate].values()]
+    means = np.full(len(order), DIVERGED)
+    if not whole:
+        return means, np.zeros((len(order), len(order))), 0.0, 0
+    cells = [(i, seed, loss) for i in whole for seed, loss in rates[order[i]].items()]
+    seeds = sorted({seed for _, seed, _ in cells})
+    shift = np.eye(len(seeds))[:, :-1]
+    shift[-1] = -1  # the shifts of all seeds add up to 0
+    X = np.array([[*np.eye(len(order))[i], *shift[seeds.index(seed)]] for i, seed, _ in cells])
+    y = np.array([loss for *_, loss in cells])
+    covariance = np.linalg.pinv(X.T @ X)
+    p = covariance @ X.T @ y
+    means[whole] = p[whole]
+    freedom = len(y) - np.linalg.matrix_rank(X)
+    return means, covariance[:len(order), :len(order)], np.sum((y - X @ p) ** 2), int(freedom)
+
+
 def noise(runs: list) -> tuple[float, float]:
-    """The standard deviation between seeds, pooled over all rates that train well, and the standard
-    errors of a 95% interval that rests on it (Student's t)."""
-    rows = defaultdict(lambda: defaultdict(list))
+    """The standard deviation of a loss around its rate's mean and its seed's shift, pooled over all
+    rates that train well, and the standard errors of a 95% interval by it (Student's t)."""
+    rows = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        rows[run.row][run.config["lr"]].append(run.loss(run.planned) or DIVERGED)
-    pooled = []
+        rows[run.row][run.config["lr"]][run.config["seed"]] = run.loss(run.planned) or DIVERGED
+    squares = freedom = 0
     for rates in rows.values():
-        good = min(map(mean, rates.values())) + 0.1
-        pooled += [(variance(x), len(x) - 1) for x in rates.values()
-                   if len(x) > 1 and mean(x) < good]
-    freedom = sum(n for _, n in pooled)
+        means = fit(rates)[0]
+        good = [rate for rate, loss in zip(sorted(rates), means) if loss < min(means) + 0.1]
+        _, _, residual, n = fit({rate: rates[rate] for rate in good})
+        squares, freedom = squares + residual, freedom + n
     if not freedom:
-        raise Refused("no rate of this study has ended with two seeds")
-    sd = math.sqrt(sum(v * n for v, n in pooled) / freedom)
-    return sd, float(student_t.ppf(0.975, freedom))
+        raise Refused("no two rates of this study have ended with the same two seeds")
+    return math.sqrt(squares / freedom), float(student_t.ppf(0.975, freedom))
 
 
-def optimum(rates: dict[float, list[float]], sd: float) -> tuple[float, float] | None:
+def optimum(rates: dict[float, dict[int, float]], sd: float) -> tuple[float, float] | None:
     """log2 of the best rate, by the parabola through the best rate and its neighbors, and its
     standard error; None while the best rate is at the edge of the grid, or beside a divergence."""
-    order = sorted(rates)
-    best = min(range(len(order)), key=lambda i: mean(rates[order[i]]))
-    y = [mean(rates[rate]) for rate in order[max(0, best - 1):best + 2]]
-    if len(y) < 3 or math.inf in y:
+    means, covariance, *_ = fit(rates)
+    best = int(np.argmin(means))
+    three = slice(max(0, best - 1), best + 2)
+    x, y = np.log2(sorted(rates))[three], means[three]
+    if len(y) < 3 or DIVERGED in y:
         return None
-    x = [math.log2(order[i]) for i in (best - 1, best, best + 1)]
     vertex = lambda y: -np.polyfit(x, y, 2)[1] / (2 * np.polyfit(x, y, 2)[0])
-    # to first order, from the error of each of the three means
-    slopes = [(vertex(np.add(y, 1e-6 * np.eye(3)[i])) - vertex(y)) / 1e-6 for i in range(3)]
-    errors = [sd / math.sqrt(len(rates[order[i]])) for i in (best - 1, best, best + 1)]
-    return vertex(y), math.hypot(*np.multiply(slopes, errors))
+    # to first order, from the errors of the three means
+    slopes = np.array([(vertex(y + step) - vertex(y)) / 1e-6 for step in 1e-6 * np.eye(3)])
+    return vertex(y), sd * math.sqrt(slopes @ covariance[three, three] @ slopes)
 
 
 def power_law(optima: dict[int, tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,15 +146,16 @@ def table(runs: list, study: dict) -> str:
             else:
                 cells += [""] * (1 + len(predict))
             lines.append([label, *cells])
-        losses = [[label, *(f"{min(map(mean, by_size[size].values())):.4f}" if size in by_size
-                            else "" for size in sizes)] for label, (by_size, *_) in labels.items()]
+        losses = [[label, *(f"{min(fit(by_size[size])[0]):.4f}" if size in by_size else ""
+                            for size in sizes)] for label, (by_size, *_) in labels.items()]
         parts += [markdown(header, lines) + "\n",
                   markdown(["lowest mean loss", *header[1:len(sizes) + 1]], losses) + "\n"]
     since = "".join(f", {knob} from {size}" for knob, size in study["law_from"].items())
     return "".join(parts) + (
         "The best rate is the vertex of the parabola through the best rate that ran and its "
-        f"neighbors. Its 95% interval comes from the standard deviation between seeds, {sd:.4f}; "
-        f"that of a power law (three optima or more{since}) is wider where they lie off the line.\n")
+        f"neighbors. Its 95% interval comes from the noise, {sd:.4f}: the standard deviation of a "
+        "loss from the sum of its rate's mean and its seed's shift. That of a power law (three "
+        f"optima or more{since}) is wider where they lie off the line.\n")
 
 
 def draw(runs: list, study: dict, prefix: str) -> None:
@@ -149,9 +172,8 @@ def draw(runs: list, study: dict, prefix: str) -> None:
     for axis, (knob, label) in zip(axes.flat, curves):
         by_size, optima, _ = found[knob][label]
         for (size, rates), color in zip(sorted(by_size.items()), palette(len(by_size))):
-            means = {rate: mean(losses) for rate, losses in sorted(rates.items())}
-            above = [loss - min(means.values()) for loss in means.values()]
-            axis.plot([*means], above, "o-", color=color, label=f"{size:,}")
+            means = fit(rates)[0]
+            axis.plot(sorted(rates), means - min(means), "o-", color=color, label=f"{size:,}")
             if size in optima:
                 axis.axvline(2 ** optima[size][0], color=color, linestyle=":")
         axis.set_xscale("log", base=2)

@@ -11,7 +11,6 @@ Validation is of 1M bytes: on 262,144, which the first 26 runs used, the noise i
 Their models were read again from the checkpoints. Seed 2 of anytime_apart_64 and a few rates beyond
 the grids stem from that time. Given up after two runs each, given_up_ in the log: the recommended
 configuration with one rate and steps of RMS, and the paper's method with spectral steps.
-Set aside, aside_ in the log: a second seed of AdamW at width 32, see experiments/README.md.
 """
 base = dict(
     data_dir="data/linux", vocab_size=320, n_layer=4, block_size=32, batch_size=128,
