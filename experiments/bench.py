@@ -33,6 +33,7 @@ from data import TokenBatches, write_shard
 from evaluate import autocast, evaluate, get_batch
 from model import GPTConfig
 from peers import GPT2, hugging_face
+from runs import markdown
 from sf_normuon import SFNorMuon
 
 CUDA = torch.cuda.is_available()
@@ -41,7 +42,8 @@ SIZES = {"quickstart": (4, 4, 64), "125m": (12, 12, 768), "772m": (36, 20, 1280)
 
 
 def seconds(work, waits: bool = False) -> float:
-    """Time of the process where one thread computes and nothing waits: others disturb that less."""
+    """Process time where one thread computes and nothing waits, since other programs disturb it
+    less; else wall time."""
     alone = not (waits or CUDA) and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
     start = clock()
@@ -52,8 +54,8 @@ def seconds(work, waits: bool = False) -> float:
 
 
 def take_turns(contenders: dict, rounds: int, waits: bool = False) -> dict[str, float]:
-    """Median seconds of each, after two rounds that do not count. Every other round goes backwards:
-    whoever writes second finds the pages of memory that the first one paid for."""
+    """Median seconds of each, after two rounds that do not count. Every other round runs in
+    reverse order, because whoever writes first pays for the new pages of memory."""
     times = {name: [] for name in contenders}
     for i in range(rounds + 2):
         for name, work in list(contenders.items())[:: -1 if i % 2 else 1]:
@@ -62,10 +64,8 @@ def take_turns(contenders: dict, rounds: int, waits: bool = False) -> dict[str, 
 
 
 def table(title: str, header: list[str], rows: list[list]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
-    for row in rows:
-        cells = [v if isinstance(v, str) else f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for v in row]
-        print(f"| {' | '.join(cells)} |")
+    show = lambda v: v if isinstance(v, str) else f"{v:.3g}" if v < 1000 else f"{v:,.0f}"
+    print(f"\n{title}\n\n{markdown(header, [[*map(show, row)] for row in rows])}", end="")
 
 
 # ---- one step of the optimizer

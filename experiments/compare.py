@@ -34,7 +34,7 @@ except ImportError as e:
     sys.exit(f"compare.py: {e}: {NEEDS}")
 from data import write_atomically
 from runs import (SETTING, Comparison, Refused, Row, Unreadable, best, fraction, holm, markdown,
-                  read_runs, read_study, welch)
+                  read_result_runs, read_runs, welch)
 
 
 # ---- cells
@@ -178,7 +178,7 @@ def with_others(study: dict, runs: list) -> list:
     """The headline may name rows of another study in the same setting, as study.row."""
     wanted = [name for name in study.get("headline", {}) if "." in name]
     for other in dict.fromkeys(name.partition(".")[0] for name in wanted):  # in a fixed order
-        for run in read_study(results(other)):  # [] without one
+        for run in read_result_runs(results(other)):  # [] without one
             run.row = f"{other}.{run.row}"
             if run.row in wanted:
                 runs.append(run)

@@ -10,6 +10,7 @@ again, with a cosine or with WSD. `fresh` starts from random weights. Written:
 results/continual.jsonl (as of a study; an evaluation also has old_loss, on the kernel's text) and
 results/continual.svg.
 """
+import argparse
 import json
 import os
 import re
@@ -62,8 +63,8 @@ def chosen(study: str, prefix: str) -> dict:
 def keep(results: dict, name: str, out: Path, tokens: int, knobs: dict, data: str) -> None:
     """The losses on both corpora of a run that has ended on `data`, as a line of the results."""
     last = read_log(out)[-1]
-    other = train_py(out, **{**knobs, "schedule": "constant"}, eval_only=True,
-                     data_dir=OLD if data == NEW else NEW)
+    knobs = {**knobs, "schedule": "constant"}  # the others are refused without max_tokens
+    other = train_py(out, **knobs, eval_only=True, data_dir=OLD if data == NEW else NEW)
     losses = [last["val_loss"], float(re.search(r"validation loss +([\d.]+)", other)[1])]
     new, old = losses if data == NEW else losses[::-1]
     results[name] = dict(
@@ -127,6 +128,8 @@ def draw(results: dict) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         results = read_results(FILE)
         run_all(results)

@@ -9,8 +9,8 @@ files, Webster's dictionary, and the sources of Go.
     python prepare_fineweb.py --files data/linux.jsonl --tokenizer byte --out data/linux
 
 Any linux-6.1.*.tar.xz of kernel.org does as well. A document is a source file, or an entry of the
-Collaborative International Dictionary of English (Webster's of 1913, grown since; 40 MB). Their
-order mixes them.
+Collaborative International Dictionary of English (Webster's of 1913, grown since; 40 MB). They
+are sorted by a hash, which mixes them.
 """
 import gzip
 import hashlib
@@ -38,7 +38,7 @@ def kernel(path: str) -> list[tuple[str, str]]:
 
 
 def dictionary(path: str) -> list[tuple[str, str]]:
-    """The same of each entry, whose order its own text decides."""
+    """(text, text) of each entry: it is sorted by its own text's hash."""
     with gzip.open(path, "rt", encoding="latin-1") as text:
         parts = re.split(r"\n\n(?=\S)", text.read())  # a headword begins at the margin
     entries = [part.strip() for part in parts]

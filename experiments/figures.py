@@ -74,13 +74,13 @@ def token_axis(c, axis) -> None:
     axis.set_xlabel("training tokens")
 
 
-def label_ends(axis, ends: list[tuple[float, float, str, str]], gap: float = 0.075) -> None:
+def label_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
     """Writes (x, y, words, color) beside the ends of curves, moved apart where they overlap."""
     low, high = axis.get_ylim()
     ends = sorted(ends, key=lambda end: end[1])
     places = [(y - low) / (high - low) for _, y, _, _ in ends]
     for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
+        places[i] = max(places[i], places[i - 1] + 0.075)
     right = max(x for x, *_ in ends)
     for (_, y, words, color), place in zip(ends, places):
         axis.annotate(words, (right, low + place * (high - low)), xytext=(8, 0), color=color,

@@ -165,9 +165,9 @@ class Plan:
 def check_same(study, run: dict, knobs: dict) -> None:
     knobs = json.loads(json.dumps({**DEFAULT, **knobs}))
     for key, value in knobs.items():
-        kept = run["config"].get(key, value)
-        filled_in = key == "dtype" and not value
-        # a longer schedule is in its middle here
+        kept = run["config"].get(key, DEFAULT[key])  # an old run lacks knobs that came later
+        filled_in = key == "dtype" and not value  # by train.py, with the device's default
+        # a scheduled run of another length has another rate at every step
         length = key == "max_tokens" and knobs["schedule"] != "constant"
         if (key not in MAY_CHANGE or length) and kept != value and not filled_in:
             raise Refused(f"{study.file.relative_to(ROOT)}: {run['name']} has {key} {kept}, the "

@@ -91,7 +91,7 @@ def optimum(rates: dict[float, dict[int, float]], sd: float) -> tuple[float, flo
 
 def power_law(optima: dict[int, tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """log2 rate = p0 log2 size + p1: p and its covariance, each optimum weighted by its error.
-    Optima farther from the line than their errors explain widen it (chi² per degree of freedom)."""
+    Optima farther from the line than their errors explain widen it: chi² / degrees of freedom."""
     x = np.log2(list(optima))
     y, errors = np.array(list(optima.values())).T
     A = np.stack([x, np.ones_like(x)], axis=1) / errors[:, None]

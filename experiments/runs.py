@@ -20,6 +20,7 @@ from model import GPT, GPTConfig
 DEFAULT = asdict(Config())
 SETTING = ("data_dir", "vocab_size", "n_layer", "n_head", "n_embd", "block_size",
            "total_batch_tokens", "dtype")
+# what a run's name adds to its method: the horizon, the draw, the rate and the seed
 SUFFIXES = re.compile(r"^tune_|(_[\d.]+x)?(_c\d+)?(_lr[^_]+)?(_seed\d+)?$")
 
 
@@ -116,7 +117,7 @@ def read_run(folder: Path) -> Run:
     return make_run(folder, folder.name, "", config, log)
 
 
-def read_study(file: Path) -> list[Run]:
+def read_result_runs(file: Path) -> list[Run]:
     try:
         return [make_run(file, name, SUFFIXES.sub("", name), run["config"],
                          run["evals"] + run["train"]) for name, run in read_results(file).items()]
@@ -128,7 +129,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
     runs = []
     for path in paths:
         if path.suffix == ".jsonl" and path.name != "log.jsonl":
-            runs += read_study(path)
+            runs += read_result_runs(path)
         else:
             runs += [read_run(log.parent) for log in sorted(path.glob("**/log.jsonl"))]
     if not runs:

@@ -39,12 +39,13 @@ def main() -> None:
             moved = accumulation * (2 + 2 + 4) * n * (gpus - 1) / gpus / wire
             # to whole matrices and back, in bfloat16
             exchange = 2 * 2 * hidden / gpus * (gpus - 1) / gpus / wire
+            # and 20 passes over float32
             optimizer = newton_schulz / flops / gpus + 4 * 20 * n / gpus / memory + exchange
             total = max(passes, moved) + optimizer
             rows.append([size, str(gpus), 1e3 * passes, 1e3 * moved, 1e3 * optimizer,
                          100 * optimizer / total, f"{tokens / total:,.0f}"])
     table("Expected of a step on H100s, by count",
-          ["", "GPUs", "passes, ms", "exchange of weights and gradients, hidden behind them, ms",
+          ["", "GPUs", "passes, ms", "exchange of weights and gradients beside them, ms",
            "optimizer, ms", "optimizer, %", "tokens/s"], rows)
 
 

@@ -15,6 +15,13 @@ A study is a file of plain Python assignments:
                   value is called with the rate
     draws, draw_seed, rungs    for methods with a space
 
+and for compare.py, all optional:
+
+    headline      {method, or study.method: its words}: the rows of the first table
+    claims        (method, rival, horizon), ...; margin: below it two methods are called equal
+    panels        {title: study} of the figure of differences
+    center, ...   a study of rates over sizes: see rates.py
+
 A method may have a `space`, {knob: a list of values, or (low, high) for a range on a log scale}; a
 value that is a dict gives several knobs at once. Its `draws` configurations are drawn by
 `draw_seed` and thinned by successive halving: all of them train to the first rung (a horizon), the

@@ -394,6 +394,18 @@ def test_a_study_that_changed_is_refused(drawn_study, tmp_path, change, knob):
     assert not plan.Plan(plan.read_study(str(tmp_path / "drawn.py"))).ready  # may change
 
 
+def test_a_run_from_before_a_knob_existed_has_its_default(drawn_study, tmp_path):
+    study, end_all = drawn_study
+    results = end_all(known_loss)
+    for run in results.values():
+        del run["config"]["step_norm"]
+    runs.write_results(study.file, results)
+    assert not plan.Plan(study).ready
+    (tmp_path / "drawn.py").write_text(DRAWN + 'base |= dict(step_norm="spectral")\n')
+    with pytest.raises(runs.Refused, match="has step_norm rms, the study says spectral"):
+        plan.Plan(plan.read_study(str(tmp_path / "drawn.py")))
+
+
 @pytest.mark.parametrize("loss, best, tried", [
     (lambda r: abs(math.log2(r)), 1, {0.5, 1, 2}),
     (lambda r: abs(math.log2(r) - 3), 8, {0.5, 1, 2, 4, 8, 16}),

@@ -20,7 +20,7 @@ tuning = dict(eval_offset=10_485_760)  # validation text that is not reported
 hindsight = runpy.run_path(str(Path(__file__).with_name("hindsight.py")))
 
 
-def recommended(steps):  # of 1x; its rate is the same at every width (width.py)
+def recommended(steps):  # of 1x; its rate was the same at widths 64 to 256 (width.py)
     decay = lambda lr: 1 / (lr * steps)
     return dict(hindsight["recommended"], step_norm="spectral", lr=[0.01, 0.02, 0.04],
                 weight_decay=decay, adam_weight_decay=decay, warmup_steps=steps // 7)

@@ -1,5 +1,5 @@
 """As elsewhere_go.py, on the kernel's C files at twice the size: 147,816 parameters, 1.5 times as
-wide. Rates stay as they are, since no rule for them is known; lengths double."""
+wide. Rates stay as they are: this was declared before width.py. Lengths double."""
 import runpy
 from pathlib import Path
 

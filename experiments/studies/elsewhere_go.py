@@ -12,16 +12,12 @@ settled, hindsight = (runpy.run_path(str(Path(__file__).with_name(f"{name}.py"))
 base = dict(settled["base"], data_dir="data/go")
 tokens, horizons, seeds, tuning_seeds = settled["tokens"], (1, 4), range(5), ()
 
-margin = settled["margin"]
+margin, both = settled["margin"], settled["both"]
 claims = [("recommended", rival, 4) for rival in ("normuon", "amuse", "adamw")]
 headline = {"recommended": "SF-NorMuon, recommended", "anytime": "SF-NorMuon, random search",
             "normuon_by_hand": "NorMuon, hand-tuned", "normuon": "NorMuon, random search",
             "adamw_by_hand": "AdamW, hand-tuned", "adamw": "AdamW, random search",
             "amuse": "AMUSE, random search"}
-
-
-def both(decay):
-    return dict(weight_decay=decay, adam_weight_decay=decay)
 
 
 optimizers = {

@@ -16,7 +16,7 @@ settled, hindsight, go = (runpy.run_path(str(Path(__file__).with_name(f"{name}.p
                           for name in ("settled", "hindsight", "elsewhere_go"))
 base = dict(settled["base"], **settled["tuning"], eval_interval=692)
 tokens, horizons, seeds, tuning_seeds = settled["tokens"], (4,), settled["tuning_seeds"], ()
-recommended, both = hindsight["recommended"], go["both"]
+recommended, both = hindsight["recommended"], settled["both"]
 changes = {
     "recommended": {},
     "rate_x2_decay_half": dict(lr=0.064, **both(0.015)),
@@ -33,6 +33,7 @@ changes = {
     "beta_power_0.4": dict(beta_power=0.4),
     "averaging_power_1": dict(averaging_power=1.0),
     "averaging_power_4": dict(averaging_power=4.0),
+    # rate times decay is one over the 692 steps of 1x
     "by_rule_rms": dict(lr=0.008 * (64 / 48)**0.5, weight_decay=0.156, adam_lr=0.02,
                         adam_weight_decay=0.072),
     "by_rule_spectral": dict(step_norm="spectral", lr=0.02, **both(0.072)),

@@ -24,12 +24,12 @@ tuning_seeds, tuning = settled["tuning_seeds"][:1], settled["tuning"]
 normuon, adamw = go["optimizers"]["normuon"], go["optimizers"]["adamw"]
 
 
-def per_step(lr):  # of the weights are lost; rounded, as the decays of the first trials were
+def decay(lr):  # times the rate is 0.001; rounded, as in the first trials
     return float(f"{0.000985 / lr:.3g}")
 
 
 optimizers = {
-    "normuon": dict(normuon, weight_decay=per_step, adam_weight_decay=per_step,
+    "normuon": dict(normuon, weight_decay=decay, adam_weight_decay=decay,
                     lr=[0.00985, 0.0197, 0.0394]),
     "adamw": dict(adamw, schedule="linear", lr=[0.0096, 0.0192, 0.0384]),
 }
