@@ -83,10 +83,10 @@ def parse(argv: list[str]) -> Config:
         raise Failure(f"one config at a time, got {' '.join(paths)}; knobs are --name=value", 2)
     given = []  # (where it is set, knob, value)
     for path in paths:
+        if not Path(path).exists():
+            raise Failure(f"{path}: no such config", 2)
         try:
             values = runpy.run_path(path)
-        except FileNotFoundError:
-            raise Failure(f"{path}: no such config", 2)
         except (Exception, SystemExit) as e:
             raise Failure(f"{path} is not a config of assignments: {type(e).__name__}: {e}", 2)
         given += [(path, key, v) for key, v in values.items() if not key.startswith("__")]

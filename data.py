@@ -84,8 +84,8 @@ def read_meta(data_dir):
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
     if not (isinstance(meta, dict) and isinstance(meta.get("tokenizer"), str)
-            and isinstance(meta.get("vocab_size"), int) and meta["vocab_size"] > 0):
-        raise ValueError(f"{path}: needs `tokenizer`, a string, and `vocab_size`, an integer > 0")
+            and isinstance(meta.get("vocab_size"), int) and 0 < meta["vocab_size"] <= 2**16):
+        raise ValueError(f"{path}: needs `tokenizer`, a string, and `vocab_size`, at most 65536")
     return meta
 
 

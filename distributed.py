@@ -1,4 +1,5 @@
 """What the processes of a run do together, and how each of them ends."""
+import errno
 import os
 import re
 import signal
@@ -20,6 +21,19 @@ class Failure(Exception):
     def __init__(self, message, status: int = 1):
         super().__init__(" ".join(str(message).split()))
         self.status = status
+
+
+def outlive(stream) -> None:
+    """Makes the stream ignore that its terminal or pipe has gone, which must not end a run."""
+    def alone(method):
+        def call(*args):
+            try:
+                return method(*args)
+            except OSError as e:
+                if e.errno not in (errno.EIO, errno.EPIPE):
+                    raise
+        return call
+    stream.write, stream.flush = alone(stream.write), alone(stream.flush)
 
 
 def say(text: str) -> None:

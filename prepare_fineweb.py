@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data import read_meta, read_shard, write_atomically, write_shard
+from data import read_meta, read_shard, shard_length, write_atomically, write_shard
 
 FINEWEB = "HuggingFaceFW/fineweb"
 NO_TEXT = "no text in column `{}`; --column names another"
@@ -130,8 +130,7 @@ def read_text(file, column):
         *pieces, last = PIECE.findall(rest)
         yield "".join(pieces)
         rest = last + more
-    if rest:
-        yield rest
+    yield rest
 
 
 READERS = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_json, ".ndjson": read_json,
@@ -447,6 +446,9 @@ def main():
             files = args.files or list_subset(args.subset)
             prepare(args.out, files, get_tokenizer(args.tokenizer), made_with, found)
     meta = read_meta(args.out)
+    shards = [os.path.join(args.out, n) for n in os.listdir(args.out) if n.endswith(".bin")]
+    if sum(map(shard_length, shards)) < meta["train_tokens"] + meta["val_tokens"]:
+        fail(f"{args.out}: lacks shards that were complete; remove it, or give another --out", 1)
     print(f"{args.out}: complete, {meta['train_tokens']} training tokens, "
           f"{meta['val_tokens']} validation tokens")
 

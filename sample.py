@@ -100,7 +100,7 @@ def main():
     try:
         torch.empty(0, device=args.device)  # a generator takes the number of a missing card
         generator = torch.Generator(args.device).manual_seed(args.seed)
-    except RuntimeError:
+    except Exception:  # each kind of device that is missing has its own
         fail(f"--device {args.device}: torch has no such device here")
     prompt = args.prompt
     try:

@@ -383,10 +383,11 @@ def towards_z(optimizer, params, weight: float) -> None:
 
 def check_group(group: dict, *names: str) -> None:
     """Raises ValueError for a group that no step can take. `names`: more that must be >= 0."""
-    least = dict.fromkeys(("lr", "weight_decay", "eps", "warmup_steps", *names), 0)
-    for name, value in {**least, "ns_steps": 1}.items():
-        if not group.get(name, value) >= value:
-            raise ValueError(f"{name} must be at least {value}, got {group[name]}")
+    least = dict.fromkeys(("lr", "weight_decay", "warmup_steps", *names), 0)
+    least |= {"ns_steps": 1, "eps": 1e-37}  # which float32 and bfloat16 still hold
+    for name, value in least.items():
+        if not value <= group.get(name, value) < math.inf:
+            raise ValueError(f"{name} must be at least {value} and finite, got {group[name]}")
     below_1 = dict(beta2=group["betas"][1], adam_beta2=group.get("adam_betas", (0, 0))[1],
                    momentum=group.get("momentum", 0))
     for name, value in below_1.items():

@@ -40,8 +40,8 @@ from baselines import OPTIMIZERS, build_optimizer
 from checkpoint import Progress, append, lock, resume, save_checkpoint, start
 from config import Config, parse
 from data import TokenBatches, read_meta
-from distributed import (RANK, WORLD_SIZE, Failure, on_first_process, run, same_everywhere, say,
-                         stop_with_parent, together)
+from distributed import (RANK, WORLD_SIZE, Failure, on_first_process, outlive, run, same_everywhere,
+                         say, stop_with_parent, together)
 from evaluate import autocast, eval_range, evaluate, get_batch, print_evaluation, sample
 from model import GPT, GPTConfig
 from prepare_fineweb import prepare_stdlib
@@ -347,4 +347,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of the sample
+    outlive(sys.stdout)
+    outlive(sys.stderr)
     run(main, sys.argv[1:])

@@ -66,6 +66,8 @@ OK(cuModuleLoadData) OK(cuModuleLoadDataEx) OK(cuModuleUnload) OK(cuPointerGetAt
 OK(cuOccupancyMaxActiveBlocksPerMultiprocessor) OK(cuOccupancyMaxActiveClusters)
 OK(cuTensorMapEncodeTiled) OK(cuTensorMapEncodeIm2col)
 
+int cuStreamIsCapturing(void *stream, int *n) { *n = 0; return 0; }
+
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
     *flags = 0;
     *active = 1;

@@ -162,6 +162,7 @@ BAD = {  # name: (arguments, status, what the line must name
     "config_syntax": (["c.py"], 2, ["c.py", "SyntaxError"], "lr = = 3"),
     "config_binary": (["c.py"], 2, ["c.py"], "\0\1\2"),
     "config_raises": (["c.py"], 2, ["c.py", "ZeroDivisionError"], "lr = 1/0"),
+    "config_reads": (["c.py"], 2, ["c.py", "FileNotFoundError"], "lr = open('nix')"),
     "config_exits": (["c.py"], 2, ["c.py"], "raise SystemExit(0)"),
     "config_imports": (["c.py"], 2, ["c.py", "math"], "import math"),
     "two_configs": (["c.py", "d.py"], 2, ["c.py d.py"]),

@@ -21,7 +21,8 @@ from sf_normuon import SFNorMuon
 # ---- values and parameters that are refused
 
 COMMON = [{"lr": -1.0}, {"lr": math.nan}, {"betas": (1.1, 0.95)}, {"betas": (-0.1, 0.95)},
-          {"betas": (0.9, 1.0)}, {"betas": (0.9, -0.1)}, {"weight_decay": -0.1}, {"eps": -1e-8}]
+          {"betas": (0.9, 1.0)}, {"betas": (0.9, -0.1)}, {"weight_decay": -0.1}, {"eps": 0.0},
+          {"lr": math.inf}]
 FREE = [*COMMON, {"warmup_steps": -1}]
 MATRIX = [{"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": -1}, {"ns_steps": 0}]
 BAD = {

@@ -127,7 +127,8 @@ def test_meta(tmp_path):
     assert read_meta(tmp_path) == {**BYTE_META, "source": "é"}
     for bad in ("{", "[]", "{}", '{"tokenizer": "byte"}', '{"vocab_size": 257}',
                 '{"tokenizer": 1, "vocab_size": 257}', '{"tokenizer": "byte", "vocab_size": "257"}',
-                '{"tokenizer": "byte", "vocab_size": 0}', "\x00"):
+                '{"tokenizer": "byte", "vocab_size": 0}', "\x00",
+                '{"tokenizer": "byte", "vocab_size": 65537}'):
         (tmp_path / "meta.json").write_text(bad)
         with pytest.raises(ValueError, match="meta.json"):
             read_meta(tmp_path)
@@ -488,6 +489,9 @@ def test_interrupted_and_started_again(tmp_path):
     assert contents(folder) == contents(tmp_path / "whole" / "x") and flat(folder) == expected
     kept = [name for name, when in done.items() if (folder / name).stat().st_mtime_ns == when]
     assert len(kept) >= len(done) - 1  # what was complete is not written again
+    assert run(*command, "--out", "x", cwd=tmp_path)[0] == 0
+    (folder / "x_train_000001.bin").unlink()
+    refused(run(*command, "--out", "x", cwd=tmp_path), 1, "x: lacks shards")
 
 
 def test_files_of_the_hub_are_read_from_a_position(tmp_path, monkeypatch):
@@ -595,14 +599,14 @@ def test_column(tmp_path):
 
 
 def test_kinds_of_files(tmp_path):
-    """Upper case, byte order marks, odd names, no rows, members one after another."""
+    """Upper case, byte order marks, odd names, no rows, no text, members one after another."""
     row = lambda text: (json.dumps({"text": text}) + "\n").encode()
     files = {"A.JSONL": b"\xef\xbb\xbf" + row("a"), "b::c.txt": b"\xef\xbb\xbfb",
              "hf:::d.Txt": b"d",
              "e.ndjson.GZ": gzip.compress(row("e")) + gzip.compress(row("f")),
              "g.jsonl.zst": zstd(row("g")) + zstd(row("h")),
              "i.json": b"\xef\xbb\xbf \n" + row("i"),
-             "j.jsonl.gz": gzip.compress(b"")}
+             "j.jsonl.gz": gzip.compress(b""), "n.txt": b""}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     import pyarrow
@@ -612,7 +616,7 @@ def test_kinds_of_files(tmp_path):
     names = sorted([*files, "K.PARQUET", "l.parquet", "m.parquet"], key=str.lower)
     names.sort(key=lambda name: name.removeprefix("hf:::").lower())
     assert run("--files", *names, "--tokenizer", "byte", "--out", "x", cwd=tmp_path)[0] == 0
-    assert flat(tmp_path / "x") == as_bytes("abdefghim")
+    assert flat(tmp_path / "x") == as_bytes([*"abdefghim", ""])
 
 
 def test_help_says_what_a_document_is(tmp_path):
@@ -631,7 +635,7 @@ GOOD = b'{"text": "good"}\n'
     ("a.jsonl.gz", gzip.compress(GOOD * 9999)[:-20], "Truncated"),
     ("a.parquet", b"PAR1 noise PAR1", "arquet"),
     ("a.parquet", {"content": ["x"]}, "no text in column `text`"),
-    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.txt", b"", "0 tokens are too few"),
+    ("a.parquet", {"text": [1, 2]}, "found 1"), ("a.txt", b"", "1 tokens are too few"),
     ("a.jsonl", b'{"text": null}\n', "no text in column `text`"),
     ("a.jsonl", b'{"content": "x"}\n' * 2**20 + GOOD, "no text in column `text`"),
     ("a.jsonl", GOOD + b"{", "line 2 is not a JSON object"),

@@ -145,6 +145,22 @@ def test_stop(cwd, place, number):
     assert run.values("loss") == pytest.approx(whole.values("loss"), abs=2e-5)
 
 
+@pytest.mark.parametrize("what", ["terminal", "pipe"])
+def test_output_that_has_gone_loses_no_work(cwd, what):
+    """A closed window, which sends SIGHUP; and `| tee`, which the same Ctrl-C has ended."""
+    window, inside = os.openpty()
+    to = {"terminal": f"<> {os.ttyname(inside)} >&0", "pipe": "> >(head -c 1)"}[what]
+    run = Run(cwd, command=["bash", "-c", f'exec "$0" "$@" {to} 2>&1', sys.executable],
+              max_tokens=0, eval_interval=1, checkpoint_interval=10**6)
+    wait_for(lambda: run.step() >= 5, "step 5", kill=run)
+    os.close(inside)
+    os.close(window)
+    if what == "pipe":
+        os.kill(run.pid, signal.SIGINT)
+    step = run.wait().step()
+    assert run.checkpoint()["step"] == step >= 5
+
+
 def test_a_second_interrupt_ends_at_once(cwd):
     """Within an operation that takes minutes, where Python's own handlers would not be called; no
     checkpoint is harmed."""
