@@ -176,7 +176,7 @@ def draw(runs: list, study: dict, prefix: str) -> None:
             axis.plot(sorted(rates), means - min(means), "o-", color=color, label=f"{size:,}")
             if size in optima:
                 axis.axvline(2 ** optima[size][0], color=color, linestyle=":")
-        axis.set_xscale("log", base=2)
+        axis.set_xscale("log", base=4)  # with base 2 the numbers would overlap
         axis.xaxis.set_major_formatter("{x:.2g}")
         axis.set(title=label, xlabel="rate", ylabel="loss above the lowest", ylim=(-0.002, 0.05))
         axis.legend(title=knob)
