@@ -85,7 +85,7 @@ def read_meta(data_dir):
         raise ValueError(f"{path}: not valid JSON ({e})") from None
     if not (isinstance(meta, dict) and isinstance(meta.get("tokenizer"), str)
             and isinstance(meta.get("vocab_size"), int) and 0 < meta["vocab_size"] <= 2**16):
-        raise ValueError(f"{path}: needs `tokenizer`, a string, and `vocab_size`, at most 65536")
+        raise ValueError(f"{path}: needs `tokenizer`, a string, and `vocab_size`, from 1 to 65536")
     return meta
 
 

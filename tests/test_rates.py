@@ -146,7 +146,7 @@ def test_a_rate_at_which_a_seed_diverges_is_no_neighbor_of_an_optimum(tmp_path):
 def test_intervals_hold_the_truth_as_often_as_they_say(tmp_path):
     """Though seeds differ more than rates, and one has not run at the edges of the grid."""
     rng, inside, law = np.random.default_rng(0), [], []
-    for _ in range(100):
+    for _ in range(200):
         lines = tuning_runs("a", known, lambda: rng.normal(0, 0.01))
         for line in lines:
             line["evals"][-1]["val_loss"] += 0.3 * line["config"]["seed"]
@@ -158,7 +158,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(tmp_path):
                    for size, (value, error) in optima.items()]
         law.append(abs(p[0] + 0.5) < within_95 * math.sqrt(covariance[0, 0]))
     assert 0.91 < np.mean(inside) < 0.98
-    assert 0.93 < np.mean(law)  # chance misfits only widen it
+    assert 0.93 < np.mean(law) < 1  # chance misfits only widen it
 
 
 def test_the_command_writes_table_and_figures(tmp_path):

@@ -29,8 +29,7 @@ def decay(lr):  # times the rate is 0.001; rounded, as in the first trials
 
 
 optimizers = {
-    "normuon": dict(normuon, weight_decay=decay, adam_weight_decay=decay,
-                    lr=[0.00985, 0.0197, 0.0394]),
+    "normuon": dict(normuon, **settled["both"](decay), lr=[0.00985, 0.0197, 0.0394]),
     "adamw": dict(adamw, schedule="linear", lr=[0.0096, 0.0192, 0.0384]),
 }
 headline = {"hindsight.recommended": "SF-NorMuon, recommended",

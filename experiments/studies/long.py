@@ -26,9 +26,9 @@ optimizers = {
     **{f"recommended_decay_at_{at}": dict(recommended, decay_at=at) for at in ("z", "y")},
     "sf_adamw": dict(optimizer="sf_adamw", lr=0.032, betas=(0.95, 0.99), warmup_steps=100),
     "amuse": dict(hindsight["amuse"], warmup_steps=12_000, seeds=seeds),  # of 34,600
-    "schedulefree_plus": dict(optimizer="schedulefree_plus", lr=0.25, weight_decay=20,
-                              adam_weight_decay=20, grad_clip=0, warmup_steps=100,
-                              averaging_start=200, polyak_beta=0.9, sf_beta=0.5),
+    "schedulefree_plus": dict(optimizer="schedulefree_plus", lr=0.25, **settled["both"](20),
+                              grad_clip=0, warmup_steps=100, averaging_start=200, polyak_beta=0.9,
+                              sf_beta=0.5),
     "normuon_linear": dict(go["optimizers"]["normuon_by_hand"], horizons=(50,)),
     "adamw_linear": dict(adamw, schedule="linear", horizons=(50,)),
     "adamw_wsd": dict(adamw, horizons=(50,)),
