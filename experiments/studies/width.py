@@ -5,8 +5,8 @@ method, NorMuon and AdamW with one rate for all parameters.
 
 Runs that choose a rate are named tune_; those of adam_ change only that of embeddings and gains.
 Decay times rate stays one over 1,000 steps (the paper's method keeps its decay of 0.05). rule_ is
-what came out, at width 128 to 4,000 steps, its 20 tokens per parameter: one rate for everything,
-decay and warm-up by these steps.
+what came out, to 4,000 steps, at width 128 (1x) and 64 (4x): one rate for everything, decay and
+warm-up by the steps of 1x, 20 tokens per parameter.
 Validation is of 1M bytes: on 262,144, which the first 26 runs used, the noise is twice as large.
 Their models were read again from the checkpoints. Seed 2 of anytime_apart_64 and a few rates beyond
 the grids stem from that time. Given up after two runs each, given_up_ in the log: the recommended
@@ -64,8 +64,11 @@ for width, lr in ((32, 0.032), (64, 0.008), (128, 0.008)):
             methods["anytime_apart"], n_embd=width, n_head=width // 16, lr=lr, adam_lr=adam_lr,
             adam_weight_decay=decay(adam_lr), seeds=(10,))
 
-for lr in (0.01, 0.02, 0.04):
-    optimizers[f"rule_{lr}_128"] = dict(
-        anytime, step_norm="spectral", n_embd=128, n_head=8, lr=lr, weight_decay=decay(lr) / 4,
-        adam_weight_decay=decay(lr) / 4, warmup_steps=4000 // 7, horizons=(4,), seeds=(10,))
-optimizers["rule_warmup100_128"] = dict(optimizers["rule_0.02_128"], warmup_steps=100)
+for width, steps, rates in ((128, 4000, (0.01, 0.02, 0.04)), (64, 1000, (0.02,))):  # of 1x
+    for lr in rates:
+        optimizers[f"rule_{lr}_{width}"] = dict(
+            anytime, step_norm="spectral", n_embd=width, n_head=width // 16, lr=lr,
+            weight_decay=1 / (lr * steps), adam_weight_decay=1 / (lr * steps),
+            warmup_steps=steps // 7, horizons=(4,), seeds=(10, 11) if lr == 0.02 else (10,))
+    optimizers[f"rule_warmup{steps // 40}_{width}"] = dict(
+        optimizers[f"rule_0.02_{width}"], warmup_steps=steps // 40)
