@@ -76,7 +76,8 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    """The knobs that a config file and --knob=value set. Raises Failure for bad ones."""
+    """The knobs that a config file and --knob=value set. Raises Failure for bad ones. A config may
+    have names of its own, which begin with _."""
     knobs = {f.name: f for f in fields(Config)}
     paths = [a for a in argv if not a.startswith("-")]
     if len(paths) > 1:
@@ -89,7 +90,7 @@ def parse(argv: list[str]) -> Config:
             values = runpy.run_path(path)
         except (Exception, SystemExit) as e:
             raise Failure(f"{path} is not a config of assignments: {type(e).__name__}: {e}", 2)
-        given += [(path, key, v) for key, v in values.items() if not key.startswith("__")]
+        given += [(path, key, v) for key, v in values.items() if not key.startswith("_")]
     for argument in argv:
         if argument.startswith("-"):
             key, equals, value = argument.lstrip("-").partition("=")

@@ -84,14 +84,14 @@ def load_tokenizer(meta: dict):
         say(f"(the tokenizer {meta['tokenizer']} could not be loaded: {type(e).__name__})")
 
 
-def sample(cfg: Config, model: GPT, meta: dict, tokens: int = 300) -> str:
+def sample(cfg: Config, model: GPT, meta: dict) -> str:
     """A text from the start of a document, the same on all processes, which must all call it."""
     tokenizer = load_tokenizer(meta)
     if None in gather(tokenizer and tokenizer.name):
         return ""
     start = torch.full((1, 1), tokenizer.eot, device=cfg.device)
     with autocast(cfg), torch.compiler.set_stance("force_eager"):  # every length would be compiled
-        idx = model.generate(start, tokens, temperature=0.8, top_k=50,
+        idx = model.generate(start, 300, temperature=0.8, top_k=50,
                              vocab_size=tokenizer.vocab_size,
                              generator=torch.Generator(cfg.device).manual_seed(cfg.seed))
     return tokenizer.decode(idx[0, 1:].tolist())

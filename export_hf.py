@@ -16,7 +16,8 @@ import re
 import shutil
 from pathlib import Path
 
-from sample import fail, load_run
+from prepare_fineweb import fail
+from sample import load_run
 
 CARD = """---
 library_name: transformers

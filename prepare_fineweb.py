@@ -36,7 +36,7 @@ PIECE = re.compile(r"(?s).{,65535}(?:\S(?=[ \t\n])|.\Z)|.{1,65536}")
 
 
 def fail(message, status=2):  # 2: usage error, 1: failed while running
-    print("prepare_fineweb.py:", *str(message).split(), file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 

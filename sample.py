@@ -20,7 +20,7 @@ import torch
 
 from data import read_meta
 from model import GPT, GPTConfig
-from prepare_fineweb import get_tokenizer
+from prepare_fineweb import fail, get_tokenizer
 from state import load
 
 
@@ -64,13 +64,6 @@ def stream_text(model, tokenizer, prompt, tokens, **sampling):
             break
         yield decoder.decode(tokenizer.symbols[token])
     yield decoder.decode(b"", final=True)
-
-
-def fail(message, status=2):  # 2: usage error, 1: failed while running
-    print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
-    sys.exit(status)
-
-
 def arguments():
     parser = argparse.ArgumentParser(description="Text from a checkpoint, streamed as it is made.")
     parser.error = fail

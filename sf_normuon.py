@@ -47,7 +47,8 @@ class SFNorMuon(torch.optim.Optimizer):
     warmup_steps: T_warmup. ns_steps, ns_dtype: steps and dtype of `newton_schulz`.
     decay_at: "z"; "y" and "none" are the ablations of Fig. 2, normalize_rows=False that of Fig. 3.
     averaging_power: r, for c = tʳ η_t² / Σ iʳ η_i² (Schedule-Free, arXiv:2405.15682).
-    beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p (AMUSE, arXiv:2605.22432, ρ).
+    beta_power: p; after the warm-up 1-β1 falls as (T_warmup / t)^p. AMUSE (arXiv:2605.22432) has
+        S^ρ here, and its S falls faster.
     step_norm: "rms"; "spectral" steps by √(m/n) η ‖P‖_F / ‖P̂‖_F · P̂ (m outputs, n inputs), whose
         best η hardly changes with the width (the spectral condition, arXiv:2310.17813).
 
@@ -162,7 +163,7 @@ class SFNorMuon(torch.optim.Optimizer):
                 v = [local(self.state[p]["row_second_moment"]) for p in bucket]
                 for p, D in zip(bucket, normuon_directions(M, v, bucket[0], group, beta2=1)):
                     z = local(self.state[p]["z"])
-                    last = z + eta * D  # the z before this step, but for its decay
+                    last = z + eta * D  # the z before this step, already decayed
                     pairs = (z, z), (last, last), (D, D), (last, D)
                     sums = torch.stack([(a * b).sum() for a, b in pairs])
                     zz, ll, DD, lD = (over_processes(sums, p) / p.numel()).tolist()
@@ -349,8 +350,8 @@ def compile_iteration():  # not on import, since it changes a setting of the who
 # ---- what the optimizers of this repository share
 
 def own_group(group: dict) -> dict:
-    """A copy of the caller's, for our counters. An iterator becomes a list in both, or it would be
-    used up."""
+    """A copy of the caller's group, for our counters. An iterator becomes a list in both, since it
+    can be read only once."""
     if isinstance(group["params"], Iterator):
         group["params"] = list(group["params"])
     return dict(group)

@@ -49,7 +49,7 @@ def coefficients(group):
     weight = t ** group["averaging_power"] * eta**2
     s = group["s"] = group.get("s", 0) + weight
     c = weight / s
-    # beta_power: p of AMUSE's rule. The paper's method has p = 0: β1 stays.
+    # beta_power: p, after AMUSE, with T_warmup / t for its S. The paper has p = 0: β1 stays.
     if t > T_warmup:
         beta1 = 1 - (1 - beta1) * (T_warmup / t) ** group["beta_power"]
     return eta, c, beta1
@@ -61,7 +61,7 @@ def matrix_step(w, g, eta, c, beta1, group):
     m, n = g.shape
     M = mu * w.M + (1 - mu) * g
     P = polar(M, group["ns_steps"])
-    v = w.v[:, :1]  # one entry per row, (m, 1); start() does not know a matrix
+    v = w.v[:, :1]  # one entry per row, (m, 1); start() makes v as large as w
     v = beta2 * v + (1 - beta2) * (P * P).mean(dim=1, keepdim=True)
     P_hat = P / (v.sqrt() + eps) if group["normalize_rows"] else P  # False: the ablation of Fig. 3
     decayed = {"z": w.z, "y": w.y, "none": 0}[group["decay_at"]]  # "y" and "none": those of Fig. 2

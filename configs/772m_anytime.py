@@ -4,11 +4,12 @@ n_layer = 36
 n_head = 20
 n_embd = 1280
 total_batch_tokens = 1_048_576
-max_tokens = 123e9  # 8x, where 1x is 14,728 steps
+max_tokens = 123e9  # 8x
+_steps = 14728  # of 1x, 20 tokens per parameter
 step_norm = "spectral"
 lr = 0.02
-weight_decay = adam_weight_decay = 1 / (lr * 14728)
-warmup_steps = 14728 // 7
+weight_decay = adam_weight_decay = 1 / (lr * _steps)
+warmup_steps = _steps // 7
 betas = 0.4, 0.95
 adam_betas = 0.4, 0.99
 momentum = 0.9

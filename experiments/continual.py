@@ -30,7 +30,8 @@ from sweep import machine
 
 OLD, NEW = "data/linux", "data/english"
 BEFORE, AFTER = 16, (1, 2, 4)  # times 20 tokens for each parameter
-LABELS = {"anytime": "SF-NorMuon, anytime, goes on", "restart": "SF-NorMuon, average starts over",
+LABELS = {"anytime": "SF-NorMuon, recommended, goes on",
+          "restart": "the same, its average starts over",
           "cosine": "AdamW, cosine, warmed up again", "wsd": "AdamW, WSD, warmed up again",
           "fresh": "SF-NorMuon, from random weights"}
 FILE = ROOT / "experiments/results/continual.jsonl"
