@@ -190,9 +190,10 @@ def stop_signals() -> list[int]:
     A thread reads them, because Python's handlers wait until a long operation of torch returns.
     """
     # Slurm warns by SIGUSR1; SIGHUP means that the terminal is lost, and nohup ignores it.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda number, frame: None)
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+    numbers = {n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN}
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
     received, (reader, writer) = [], os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
@@ -203,6 +204,8 @@ def stop_signals() -> list[int]:
             if received.count(signal.SIGINT) > 1:
                 os._exit(128 + signal.SIGINT)
     threading.Thread(target=watch, daemon=True).start()
+    # The compilers that this thread starts inherit its mask: torchrun and Ctrl-C signal them too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     return received
 
 

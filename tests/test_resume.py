@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,23 @@ def test_stop(cwd, place, number):
     whole = Run(place("whole"), **end).wait()
     assert_same(run.checkpoint(), whole.checkpoint(), 1e-4, ["model", "step"])
     assert run.values("loss") == pytest.approx(whole.values("loss"), abs=2e-5)
+
+
+def test_a_signal_to_the_group_spares_the_compilers(cwd):
+    """torchrun and Ctrl-C send it to every process of the group, here in the first compilation."""
+    run = Run(cwd, command=[sys.executable], env={"TORCHINDUCTOR_CACHE_DIR": str(cwd / "cache")},
+              compile=True, max_tokens=0, checkpoint_interval=10**6)
+
+    def compiling():
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                group = int(stat.read_text().rpartition(")")[2].split()[2])
+                if group == run.pid and b".main.cpp" in (stat.parent / "cmdline").read_bytes():
+                    return True
+
+    wait_for(compiling, "a compiler", kill=run)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait().checkpoint()["step"] == 1
 
 
 @pytest.mark.parametrize("what", ["terminal", "pipe"])
