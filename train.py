@@ -235,6 +235,8 @@ def train(cfg: Config, model: GPT, optimizer, lrs: list[float], train_data: Toke
             inputs, targets = get_batch(cfg, train_data, range(first, first + cfg.batch_size))
             with autocast(cfg):
                 micro_loss = model(inputs, targets) / accumulation
+            if replicas(cfg) > 1:  # between copies once a step
+                model.set_requires_all_reduce(micro == accumulation - 1)
             micro_loss.backward()  # fully_shard averages over the processes
             loss += micro_loss.detach()
         grads = [local(p.grad) for p in model.parameters() if p.grad is not None]

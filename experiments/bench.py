@@ -224,22 +224,24 @@ def start(args) -> None:
 
 def loop(args) -> None:
     _, heads, width = SIZES[args.size]
+    sequences = max(1, args.tokens // 1024)
+    tokens = sequences * 1024
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
         for split in ("train", "val"):
             random = np.random.default_rng(0).integers(50257, size=10**7)
             write_shard(f"{folder}/x_{split}_000000.bin", random)
         cfg = Config(data_dir=folder, out_dir=folder, n_layer=args.layers, n_head=heads,
-                     n_embd=width, batch_size=1, eval_tokens=1024, total_batch_tokens=1024,
-                     dtype=args.dtype, compile=False)
+                     n_embd=width, batch_size=sequences, eval_tokens=tokens,
+                     total_batch_tokens=tokens, dtype=args.dtype, compile=CUDA)
         train_data, val_data, _, vocab_size = train.open_data(cfg)
         model = train.build_model(cfg, vocab_size)
         optimizer = build_optimizer(cfg, model)
-        batch = iter(range(10**6))
+        batches = iter(range(i, i + sequences) for i in range(0, 10**6, sequences))
 
         def gradient():
             model.zero_grad()
             with autocast(cfg):
-                loss = model(*get_batch(cfg, train_data, [next(batch)]))
+                loss = model(*get_batch(cfg, train_data, next(batches)))
             loss.backward()
 
         def saving():
@@ -258,19 +260,20 @@ def loop(args) -> None:
 
         gradient()
         times = take_turns({
-            "gradient, 1024 tokens": gradient, "optimizer": optimizer.step,
-            "data, 1024 tokens": lambda: get_batch(cfg, train_data, [next(batch)]),
-            "evaluation, 1024 tokens": lambda: evaluate(cfg, model, val_data),
+            "gradient": gradient, "optimizer": optimizer.step,
+            "data": lambda: get_batch(cfg, train_data, next(batches)),
+            "evaluation": lambda: evaluate(cfg, model, val_data),
             "a checkpoint": saving, "a plain write of as many bytes": writing},
             args.rounds, waits=True)
-        table(f"The loop at {args.size}, {args.layers} layers, {args.dtype}, {where()}",
+        table(f"The loop at {args.size}, {args.layers} layers, {tokens:,} tokens, {args.dtype}, "
+              f"{where()}",
               ["", "seconds"], [[*row] for row in times.items()])
         whole = Config()
-        parts, evaluated = whole.total_batch_tokens / 1024, whole.eval_tokens / 1024
-        step_time = times["gradient, 1024 tokens"] * parts + times["optimizer"]
-        shares = {"evaluation": times["evaluation, 1024 tokens"] * evaluated / whole.eval_interval,
+        parts, evaluated = whole.total_batch_tokens / tokens, whole.eval_tokens / tokens
+        step_time = times["gradient"] * parts + times["optimizer"]
+        shares = {"evaluation": times["evaluation"] * evaluated / whole.eval_interval,
                   "checkpoints": times["a checkpoint"] / whole.checkpoint_interval,
-                  "data": times["data, 1024 tokens"] * parts}
+                  "data": times["data"] * parts}
         table("As a share of a run with the default intervals and batch", ["", "percent"],
               [[name, 100 * t / step_time] for name, t in shares.items()])
 
