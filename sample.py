@@ -64,6 +64,8 @@ def stream_text(model, tokenizer, prompt, tokens, **sampling):
             break
         yield decoder.decode(tokenizer.symbols[token])
     yield decoder.decode(b"", final=True)
+
+
 def arguments():
     parser = argparse.ArgumentParser(description="Text from a checkpoint, streamed as it is made.")
     parser.error = fail

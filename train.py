@@ -191,7 +191,8 @@ def stop_signals() -> list[int]:
     """
     # Slurm warns by SIGUSR1; SIGHUP means that the terminal is lost, and nohup ignores it.
     numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
-    numbers = {n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     for number in numbers:
         signal.signal(number, lambda number, frame: None)
     received, (reader, writer) = [], os.pipe()

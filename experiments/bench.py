@@ -145,10 +145,8 @@ def train_step(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         random = np.random.default_rng(0).integers(50257, size=10**6)
         write_shard(f"{folder}/x_train_000000.bin", random)
-        block = min(1024, args.tokens)
-        args.tokens -= args.tokens % block  # whole sequences
         cfg = Config(data_dir=folder, n_layer=args.layers, n_head=heads, n_embd=width,
-                     block_size=block, batch_size=args.tokens // block, dtype=args.dtype,
+                     block_size=args.block, batch_size=args.tokens // args.block, dtype=args.dtype,
                      total_batch_tokens=args.tokens, compile=CUDA, warmup_steps=10)
         names = ["model.py, AdamW", "transformers, AdamW", "nanoGPT's manner, AdamW",
                  "model.py, SFNorMuon"]
@@ -224,15 +222,15 @@ def start(args) -> None:
 
 def loop(args) -> None:
     _, heads, width = SIZES[args.size]
-    sequences = max(1, args.tokens // 1024)
-    tokens = sequences * 1024
+    sequences = args.tokens // args.block
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
         for split in ("train", "val"):
             random = np.random.default_rng(0).integers(50257, size=10**7)
             write_shard(f"{folder}/x_{split}_000000.bin", random)
         cfg = Config(data_dir=folder, out_dir=folder, n_layer=args.layers, n_head=heads,
-                     n_embd=width, batch_size=sequences, eval_tokens=tokens,
-                     total_batch_tokens=tokens, dtype=args.dtype, compile=CUDA)
+                     n_embd=width, block_size=args.block, batch_size=sequences,
+                     eval_tokens=args.tokens, total_batch_tokens=args.tokens, dtype=args.dtype,
+                     compile=CUDA)
         train_data, val_data, _, vocab_size = train.open_data(cfg)
         model = train.build_model(cfg, vocab_size)
         optimizer = build_optimizer(cfg, model)
@@ -265,11 +263,11 @@ def loop(args) -> None:
             "evaluation": lambda: evaluate(cfg, model, val_data),
             "a checkpoint": saving, "a plain write of as many bytes": writing},
             args.rounds, waits=True)
-        table(f"The loop at {args.size}, {args.layers} layers, {tokens:,} tokens, {args.dtype}, "
+        table(f"The loop at {args.size}, {args.layers} layers, {args.tokens} tokens, {args.dtype}, "
               f"{where()}",
               ["", "seconds"], [[*row] for row in times.items()])
         whole = Config()
-        parts, evaluated = whole.total_batch_tokens / tokens, whole.eval_tokens / tokens
+        parts, evaluated = whole.total_batch_tokens / args.tokens, whole.eval_tokens / args.tokens
         step_time = times["gradient"] * parts + times["optimizer"]
         shares = {"evaluation": times["evaluation"] * evaluated / whole.eval_interval,
                   "checkpoints": times["a checkpoint"] / whole.checkpoint_interval,
@@ -299,6 +297,8 @@ def main() -> None:
     for name in ("layers", "tokens", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    args.block = min(1024, args.tokens)
+    args.tokens -= args.tokens % args.block  # whole sequences
     parts[args.what](args)
 
 

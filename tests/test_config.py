@@ -14,7 +14,6 @@ from model import GPT, GPTConfig
 from sf_normuon import param_groups
 
 
-
 def test_parse(tmp_path):
     """The command line wins over the config, the last flag over the first, numbers in any
     notation."""
